@@ -1,0 +1,318 @@
+"""Supervised training: the three stages of Innovator-VL and plain text pretraining.
+
+    torchrun --nproc-per-node 8 train_sft.py --stage align --model stage0 --data LLaVA-558K --out runs/align
+    torchrun --nproc-per-node 8 train_sft.py --stage mid --model runs/align --data Mid-Training-85M --out runs/mid
+    torchrun --nproc-per-node 8 train_sft.py --stage instruct --model runs/mid --data Instruct-46M --out runs/instruct
+    python train_sft.py --stage pretrain --model preset:tiny --tokenizer DIR --data text.jsonl --out runs/text
+
+One GPU or a CPU runs the same lines without torchrun. STAGES below holds the released settings; every one can be given
+on the command line. --model takes a Hugging Face folder, the folder of an earlier run (its newest checkpoint) or
+preset:NAME (random weights). A run leaves step_XXXXXXXX/ (the model in the released layout, and state/ to resume from),
+metrics.jsonl and curves.png.
+
+Departures from the released recipe (Innovator-VL quick start scripts; its report confirms the trained modules only)
+1. The loss is normalised by the supervised tokens of the whole step, over ranks and micro-batches. The released code
+   averages per pack (align, mid) or sample (instruct): --loss-average pack or document.
+2. instruct takes 288 rows a step as released, but packs them (exactly the same mathematics, no padding).
+3. align and mid pack to 8192 tokens, the length of the released packing configuration (its 32768 is only a bound).
+4. The warm-up's first step has lr / warm-up steps, not zero.
+5. pretrain has no released counterpart; its settings are ours.
+"""
+import dataclasses
+import functools
+import json
+import math
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from tqdm import tqdm
+
+import common
+from common import UserError, is_rank0, print0, rank, world
+from data import Limits, Loader, Source, Tokenizer, to_device
+from model import Innovator, checkpoint_folder, config_of, init_weights, load_weights, save_weights
+
+# --trainable names -> prefixes of parameter names
+MODULES = {"language_model": ("model.", "lm_head."), "adapter": ("visual.merger.",),
+           "vision_model": ("visual.patch_embed.", "visual.class_", "visual.pre_layernorm.", "visual.blocks.")}
+STAGES = {
+    "pretrain": dict(trainable=["language_model"], lr=3e-4, min_lr=3e-5, warmup=0.01, weight_decay=0.1, beta2=0.95, steps=10000,
+                     batch=64, unit="packs", seq_len=8192, max_side=0),
+    "align": dict(trainable=["adapter"], lr=1e-4, min_lr=1e-6, warmup=0.002, weight_decay=0.0, beta2=0.99, steps=4000,
+                  batch=8, unit="packs", seq_len=8192, max_side=0),
+    "mid": dict(trainable=["language_model", "adapter", "vision_model"], lr=1e-5, min_lr=1e-6, warmup=0.002, weight_decay=0.01,
+                beta2=0.95, steps=78373, batch=96, unit="packs", seq_len=8192, max_side=0),
+    "instruct": dict(trainable=["language_model", "adapter", "vision_model"], lr=1e-5, min_lr=1e-6, warmup=0.002,
+                     weight_decay=0.0, beta2=0.99, steps=171875, batch=288, unit="rows", seq_len=32768, max_side=1000),
+}
+
+
+@dataclass
+class Config:
+    stage: Literal["align", "mid", "instruct", "pretrain"]  # row of the stage table: the defaults of the fields marked *
+    model: str  # checkpoint folder, run folder, or preset:NAME for random weights
+    data: list[str]  # files or folders in any published format
+    out: str  # folder of this run
+    tokenizer: str = ""  # folder or file; empty: the model's own
+    trainable: list[str] | None = None  # * modules that train: language_model adapter vision_model
+    lr: float | None = None  # * peak learning rate
+    min_lr: float | None = None  # * floor of the cosine
+    warmup: float | None = None  # * share of the steps that warm up linearly
+    weight_decay: float | None = None  # * on matrices only
+    beta1: float = 0.9  # Adam
+    beta2: float | None = None  # * Adam
+    eps: float = 1e-5  # Adam
+    clip: float = 1.0  # largest gradient norm
+    steps: int | None = None  # * optimizer steps of the whole run
+    batch: int | None = None  # * packs (or rows) a step, over all ranks
+    unit: Literal["packs", "rows"] | None = None  # * what batch counts: full packs, or exactly this many rows, packed
+    seq_len: int | None = None  # * tokens a pack, and longest document
+    loss_average: Literal["token", "pack", "document"] = "token"  # what weighs the same in the loss
+    min_pixels: int = 3136  # smallest image area
+    max_pixels: int = 2560000  # largest image area
+    max_side: int | None = None  # * longest image side first reduced to this, 0: off
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # compute; auto: bf16 on GPUs, fp32 on CPUs; masters are fp32
+    attention: Literal["auto", "flash-attn", "varlen", "sdpa"] = "auto"  # packed attention; auto: the fastest that runs
+    recompute: Literal["none", "selective", "full"] = "selective"  # activation checkpointing per block
+    compile: bool | None = None  # torch.compile per block; default on GPUs only
+    workers: int = 4  # data processes a rank
+    prefetch: int = 4  # steps the loader stays ahead
+    window: int = 4096  # rows measured and packed together
+    plan: str = ""  # packing plan of data.py pack, instead of windows
+    on_bad: Literal["stop", "skip"] = "stop"  # bad rows: stop at the first, or count and list them
+    max_bad: float = 0.01  # share of bad rows above which skipping stops too
+    seed: int = 1234  # order of the data, fresh weights
+    threads: int = 0  # CPU threads of torch a rank, 0: torch's choice
+    save_every: int = 500  # steps between checkpoints; the last step is always saved
+    keep: int = 2  # newest checkpoints that stay
+    resume: bool = False  # go on from the newest checkpoint in --out
+    log_samples: bool = False  # write the documents of every step to samples_rankN.jsonl
+
+    def __post_init__(self):
+        for key, value in STAGES[self.stage].items():
+            if getattr(self, key) is None:
+                setattr(self, key, value)
+        for name in self.trainable:
+            assert name in MODULES, f"--trainable {name}: choose from {', '.join(MODULES)}"
+        assert self.steps > 0 and self.batch > 0, f"steps {self.steps} and batch {self.batch} must be positive"
+        assert 0 <= self.min_lr <= self.lr, f"min_lr {self.min_lr} must lie in 0..lr {self.lr}"
+
+
+def learning_rate(c: Config, step: int) -> float:
+    """Linear warm-up, then a cosine to min_lr at the last step."""
+    warmup = round(c.warmup * c.steps)
+    if step < warmup:
+        return c.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, c.steps - warmup)
+    return c.min_lr + 0.5 * (c.lr - c.min_lr) * (1 + math.cos(math.pi * progress))
+
+
+def _save_policy():
+    """Keeps attention outputs and every second matrix product of a block; everything else is computed again."""
+    ops, count = torch.ops, 0
+    keep = {getattr(ops.aten, n).default for n in ("_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention",
+            "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention_for_cpu")}
+    for namespace, name in (("torch_attn", "_varlen_attn"), ("flash_attn", "_flash_attn_varlen_forward")):
+        if hasattr(getattr(ops, namespace), name):
+            keep.add(getattr(getattr(ops, namespace), name).default)
+
+    def policy(ctx, op, *args, **kwargs):
+        nonlocal count
+        if op in (ops.aten.mm.default, ops.aten.addmm.default):
+            count += 1
+            return CheckpointPolicy.MUST_SAVE if count % 2 else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if op in keep else CheckpointPolicy.PREFER_RECOMPUTE
+    return policy
+
+
+def _selective_contexts():
+    # forward and recomputation each count their own products, so both make the same choices
+    forward, again = _save_policy(), _save_policy()
+    return create_selective_checkpoint_contexts(lambda ctx, *a, **k: (again if ctx.is_recompute else forward)(ctx, *a, **k))
+
+
+def prepare_blocks(model: Innovator, recompute: str, compile: bool) -> None:
+    """Wraps each block's run(): recomputation inside, compilation (one graph for all blocks of a kind) outside."""
+    for block in [*model.model.layers, *(model.visual.blocks if model.visual is not None else [])]:
+        run = block.run
+        if recompute != "none":
+            extra = dict(context_fn=_selective_contexts) if recompute == "selective" else {}
+            run = functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False, **extra)
+        block.run = torch.compile(run) if compile else run
+
+
+def build(c: Config, device: torch.device) -> tuple[Innovator, Tokenizer]:
+    """The sharded model with its weights, and the tokenizer."""
+    fresh = c.model.startswith("preset:")
+    assert not fresh or c.tokenizer, "a preset has no tokenizer: give one with --tokenizer DIR"
+    config = config_of(c.model)
+    tok = Tokenizer(c.tokenizer or checkpoint_folder(c.model))
+    if fresh:
+        config.token_ids = tok.token_ids()
+        config.vocab_size = max(config.vocab_size, math.ceil(tok.size / 128) * 128)
+        if c.stage == "pretrain":
+            config.vision = None
+    assert tok.size <= config.vocab_size, f"the tokenizer has {tok.size} tokens, the model's embedding {config.vocab_size} rows"
+    assert tok.image_pad == config.image_token_id or config.vision is None, \
+        f"<|image_pad|> is {tok.image_pad} in the tokenizer, {config.image_token_id} in config.json"
+    assert config.vision is not None or c.stage == "pretrain", f"{c.model} has no vision tower; make one: python upcycle.py stage0 -h"
+    assert c.seq_len <= config.max_position_embeddings, f"seq_len {c.seq_len} exceeds the model's {config.max_position_embeddings}"
+    model = Innovator.on_meta(config)
+    model.attention, model.assets = c.attention, tok.path.parent
+    prefixes = tuple(p for name in c.trainable for p in MODULES[name])
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith(prefixes))
+    common.shard(model, {"bf16": torch.bfloat16, "fp32": torch.float32}[c.dtype])
+    model.to_empty(device=device)
+    if fresh:
+        init_weights(model, c.seed)
+    else:
+        load_weights(model, c.model)
+    prepare_blocks(model, c.recompute, c.compile)
+    return model.train(), tok
+
+
+def adamw(model: Innovator, c: Config) -> torch.optim.AdamW:
+    """Weight decay on matrices only; biases, norms and single vectors have none."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in params if p.ndim >= 2], weight_decay=c.weight_decay),
+              dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
+
+
+def stop_non_finite(c: Config, step: int, packs: list, losses: list[float], norm: float) -> None:
+    """All ranks end before the update; the documents of the packs whose loss is not finite (of all packs, if only the
+    gradient is not) are named and written down."""
+    mine = [name for p, loss in zip(packs, losses) if not math.isfinite(loss) for name in p.names]
+    every = [None] * world()
+    dist.all_gather_object(every, (mine, [name for p in packs for name in p.names]))
+    names = [n for bad, _ in every for n in bad] or [n for _, whole in every for n in whole]
+    file = Path(c.out) / f"non_finite_step_{step}.json"
+    if is_rank0():
+        common.write_json(file, names)
+    raise UserError(f"step {step}: loss or gradient norm ({norm}) is not finite; nothing was updated. {len(names)} documents in the "
+                    f"packs concerned: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}; all are in {file}")
+
+
+def save(c: Config, model, optimizer, step: int, loader_state: dict, seconds: float) -> Path:
+    folder = Path(c.out) / f"step_{step:08d}"
+    with common.atomic_dir(folder) as tmp:
+        save_weights(model, tmp, model.mixed_dtype)
+        common.save_state(model, optimizer, tmp, {"step": step, "loader": loader_state, "seconds": seconds, "world": world(),
+                                                  "config": asdict(c), "commit": common.commit()})
+    if is_rank0():
+        for old in sorted(Path(c.out).glob("step_????????"))[:-c.keep]:
+            common.remove_dir(old)
+    return folder
+
+
+def main() -> None:
+    c = common.parse(Config, doc=__doc__)
+    device = common.init_distributed()
+    c.dtype = c.dtype if c.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    c.compile = device.type == "cuda" if c.compile is None else c.compile
+    if c.threads:
+        torch.set_num_threads(c.threads)
+    out, start, resumed = Path(c.out), 0, common.latest(c.out)
+    if resumed and not c.resume:
+        raise UserError(f"{out} already holds {resumed.name}: go on with --resume, or choose another --out")
+    if resumed:  # weights of frozen modules come from the checkpoint's model, masters of trained ones from its state
+        c.model, c.tokenizer = str(resumed), ""
+    model, tok = build(c, device)
+    optimizer = adamw(model, c)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print0(f"{c.stage}: {c.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {trained:,} train; {world()} x {device.type}, "
+           f"{c.dtype}, attention {model.impl}, recompute {c.recompute}, compile {'on' if c.compile else 'off'}")
+    print0("config:", json.dumps(asdict(c)), "commit:", common.commit())
+
+    c_ = model.config  # loader's cost of a document: FLOPs per token, token^2, patch, patch^2 up to a common factor
+    linear = model.train_flops([1], [], 0)
+    cost = (linear, model.train_flops([1000], [], 0) / 1e6 - linear / 1e3, *((
+        6 * 12 * c_.vision.embed_dim ** 2 * c_.vision.depth, 12 * c_.vision.embed_dim * c_.vision.depth) if c_.vision else (0, 0)))
+    loader = Loader(Source(c.data, str(tok.path), Limits(c.min_pixels, c.max_pixels, c.max_side), c.seq_len), c.batch, c.unit,
+                    seed=c.seed, rank=rank(), world=world(), workers=c.workers, prefetch=c.prefetch, window=c.window,
+                    plan=c.plan or None, pad=c.compile, average=c.loss_average, vision=c_.vision is not None, on_bad=c.on_bad,
+                    max_bad=c.max_bad, bad_file=out / f"bad_rows_rank{rank()}.jsonl", cost=cost)
+    before = 0.0
+    if resumed:
+        trainer = common.load_state(model, optimizer, resumed)
+        start, before = trainer["step"], trainer["seconds"]
+        loader.load_state(trainer["loader"])
+        print0(f"resumed from {resumed} at step {start}" + ("" if trainer["world"] == world() else
+               f" (saved by {trainer['world']} ranks: the same sample order, sums in another order)"))
+    log = common.Log(out, start)
+    if is_rank0():
+        common.write_json(out / "run.json", {"config": asdict(c), "commit": common.commit()})
+
+    stop = False
+    def on_term(*_):
+        nonlocal stop
+        stop = True
+    signal.signal(signal.SIGTERM, on_term)
+    peak, dtype, began = common.peak_flops(device), model.mixed_dtype, time.perf_counter()
+    bar = tqdm(total=c.steps, initial=start, desc=c.stage, disable=None if is_rank0() else True, mininterval=1)
+    steps = iter(loader)
+    step = start
+    while step < c.steps and not stop:
+        t0 = time.perf_counter()
+        data = next(steps)
+        t1 = time.perf_counter()
+        # host-side totals of the step over all ranks: the loss's denominator must be known before the first backward pass
+        totals = torch.tensor([sum(p.denominator for p in data.packs), sum(p.tokens for p in data.packs),
+                               sum(model.train_flops(p.lengths, p.grids, len(p.rows)) for p in data.packs)], dtype=torch.float64)
+        dist.all_reduce(totals)
+        denominator, tokens, flops = totals.tolist()
+        losses = []
+        for p in data.packs:
+            loss, _ = model(to_device(p, device, model.impl, dtype))
+            (loss * (world() / max(denominator, 1))).backward()  # sharding averages gradients over ranks; the sum is meant
+            losses.append(loss.detach())
+        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.clip)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        stats = torch.stack([*losses, torch.tensor(float(stop), device=device)]).double()
+        local = torch.stack([stats[:-1].sum() / max(denominator, 1), stats[-1]])
+        dist.all_reduce(local)
+        loss, stopping, norm = torch.cat([local, norm.double()[None]]).tolist()  # the step's one wait for the device
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            stop_non_finite(c, step, data.packs, torch.stack(losses).tolist(), norm)
+        stop = stopping > 0
+        lr = learning_rate(c, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": int(tokens), "supervised": denominator,
+               "tok_s": tokens / (now - t0), "wait_s": t1 - t0, "seconds": before + now - began, "epoch": data.state["epoch"],
+               "bad_rows": sum(data.state["bad"].values())}
+        if peak:
+            row |= {"mfu": flops / (now - t0) / world() / peak, "peak_gb": torch.cuda.max_memory_allocated() / 2 ** 30}
+        log.write(row)
+        if c.log_samples:
+            with open(out / f"samples_rank{rank()}.jsonl", "a") as f:
+                f.write(json.dumps({"step": step, "samples": [p.names for p in data.packs]}) + "\n")
+        bar.set_postfix_str(f"loss {loss:.4f} norm {norm:.2f} {row['tok_s']:.0f} tok/s" + (
+            f" MFU {row['mfu']:.1%} {row['peak_gb']:.0f} GB" if peak else "") + (f" bad {row['bad_rows']}" if row["bad_rows"] else ""))
+        bar.update()
+        if step % c.save_every == 0 or step == c.steps or stop:
+            save(c, model, optimizer, step, data.state, row["seconds"])
+    bar.close()
+    steps.close()
+    if is_rank0():
+        print(f"wrote {common.latest(out)}, {out / 'metrics.jsonl'}" + (f", {common.plot_metrics(out)}" if step > start else ""))
+        following = {"pretrain": "python upcycle.py stage0 --llm {0} ...", "align": "train_sft.py --stage mid --model {0} ...",
+                     "mid": "train_sft.py --stage instruct --model {0} ...", "instruct": "python evaluate.py {0}"}[c.stage]
+        print(f"stopped at step {step} of {c.steps}; go on with --resume" if step < c.steps else f"next: {following.format(c.out)}")
+
+
+if __name__ == "__main__":
+    common.run(main)
