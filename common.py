@@ -49,7 +49,7 @@ def parse(cls, argv: list[str] | None = None, doc: str | None = None):
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in dataclasses.fields(cls):
         kind, required = hints[f.name], f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if isinstance(kind, types.UnionType):  # X | None
+        if typing.get_origin(kind) in (typing.Union, types.UnionType):  # X | None
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         shown = "" if required or f.default in (None, dataclasses.MISSING) else f" [{f.default}]"
         options = dict(required=required, default=argparse.SUPPRESS, help=comments.get(f.name, "").replace("%", "%%") + shown)

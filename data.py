@@ -685,10 +685,13 @@ def costs(items: np.ndarray, packs: list[np.ndarray], weights: tuple[float, floa
 
 
 def deal(cost: np.ndarray, world: int) -> np.ndarray:
-    """Divides packs among ranks: sorted by cost, each micro-step gets `world` neighbours (so ranks wait little for each
-    other), dealt back and forth (so no rank always gets the larger). -> [micro-steps, world] pack numbers"""
-    order = np.argsort(-cost, kind="stable").reshape(-1, world)
-    order[1::2] = order[1::2, ::-1]
+    """Divides packs among ranks: sorted by cost, each micro-step gets `world` neighbours, so that ranks wait little for
+    each other, and the rank with least work so far gets its largest. -> [micro-steps, world] pack numbers"""
+    order, load = np.argsort(-cost, kind="stable").reshape(-1, world), np.zeros(world)
+    for step in order:
+        ranks = np.argsort(load, kind="stable")
+        step[ranks] = step.copy()
+        load += cost[step]
     return order
 
 

@@ -226,6 +226,12 @@ class Innovator(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        if self.config.tie_word_embeddings:  # moving or converting makes new parameters: tie them again
+            self.lm_head.weight = self.model.embed_tokens.weight
+        return self
+
     @property
     def impl(self) -> str:
         w = self.model.norm.weight

@@ -1,0 +1,368 @@
+"""rewards.py by cases; evaluate.py and chat.py end to end on small models that are made here."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as RawTokenizer
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT))
+
+import chat
+import common
+import evaluate
+import rewards
+from data import Tokenizer
+from model import PRESETS, Innovator
+
+# ---- rewards ----------------------------------------------------------------------------------------------------------
+EXTRACTED = [
+    ("<think>2 or 3", None), ("<think>a</think>7", "7"), ("thought that the prompt opened</think>7", "7"),
+    ("<think>a</think><answer>7</answer><think>more", None), ("<think>only this</think>", None), ("", None), ("  ", None),
+    ("<answer>6</answer> no, <answer> 7 </answer>", "7"), ("<answer><answer>7</answer>", "7"), ("<answer></answer>", None),
+    ("\\boxed{6}, then \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("\\boxed{7} and \\boxed{8", "7"), ("\\boxed{\\{1\\}}", "\\{1\\}"),
+    ("\\boxed{6} <answer>7</answer>", "7"), ("<answer>\\boxed{7}</answer>", "7"), ("so 3\n#### 7\n", "7"), ("\\boxed{7}\n#### 8", "7"),
+    ("The answer is (B).", "(B)"), ("**Answer:** B", "B"), ("Final answer: 3.5. Done", "3.5"), ("The answer is 4 because 2 + 2", "4"),
+    ("The answer is not\nclear", "not"), ("red", "red"), ("several\nlines", None), ("x" * 301, None)]
+SHAPES = ["circle", "triangle", "a cross", "square"]
+CHOICES = [  # response, gold, options, right?
+    ("B", "B", SHAPES, True), ("b", "B", SHAPES, True), ("(B)", "B", SHAPES, True), ("B.", "B", SHAPES, True), ("$\\text{B}$", "B", SHAPES, True),
+    ("B. triangle", "B", SHAPES, True), ("(B) triangle", "B", SHAPES, True), ("B: a triangle", "B", SHAPES, True), ("b) triangle", "B", SHAPES, True),
+    ("The answer is B", "B", SHAPES, True), ("the answer is: **(B)**.", "B", SHAPES, True), ("Option B", "B", SHAPES, True),
+    ("B is right", "B", SHAPES, True), ("B, which has three corners", "B", SHAPES, True), ("Triangle", "B", SHAPES, True),
+    ("the triangle.", "B", SHAPES, True), ("B", "triangle", SHAPES, True), ("triangle", "triangle", SHAPES, True), ("cross", "C", SHAPES, True),
+    ("It has three corners.\nB", "B", SHAPES, True), ("It has three corners.\nSo the answer is (B)", "B", SHAPES, True),
+    ("A triangle is drawn", "A", SHAPES, False), ("A", "B", SHAPES, False), ("a shape", "A", SHAPES, False), ("I am not sure", "A", None, False),
+    ("I think so", "I", None, False), ("what a day", "A", SHAPES, False), ("E", "E", SHAPES, False), ("T", "A", SHAPES, False),
+    ("B or C", "B", SHAPES, False), ("(B) or (C)", "B", SHAPES, False), ("The answer is not B", "B", SHAPES, False),
+    ("<think>B", "B", SHAPES, False), ("<answer></answer>B", "B", SHAPES, False), ("", "A", SHAPES, False),
+    ("A, C", "AC", None, True), ("C and A", "A, C", None, True), ("(A), (C)", "AC", None, True), ("AC", "AC", None, True),
+    ("A", "AC", None, False), ("A, B, and C", "AC", None, False), ("BAD", "ABD", None, True), ("A, C", "C", None, False),
+    ("C", "C", ["GDA", "ADG", "GAD"], True), ("ADG", "B", ["GDA", "ADG", "GAD"], True), ("E. C or D", "E", ["1", "2", "3", "4", "C or D"], True)]
+NUMBERS = [  # response, gold, right?
+    ("5", "5", True), ("5.0", "5", True), ("-5", "-5", True), ("−5", "-5", True), ("5", "-5", False), ("+5", "5", True), ("05", "5", True),
+    ("1,250", "1250", True), ("$1,250.50", "1250.5", True), ("1{,}250", "1250", True), ("1.2e3", "1200", True), ("1.2 \\times 10^{3}", "1200", True),
+    ("1.2×10⁻³", "0.0012", True), ("2^{10}", "1024", True), ("45%", "45", True), ("45%", "0.45", True), ("0.45", "45%", True), ("45", "4.5%", False),
+    ("3/4", "0.75", True), ("\\frac{3}{4}", "0.75", True), ("-\\dfrac{3}{4}", "-0.75", True), ("1 3/4", "1.75", True), ("1/0", "1", False),
+    ("5 apples", "5", True), ("12 m^2", "12", True), ("12 cm²", "12", True), ("about 60 km/h", "60", True), ("3 kg of H2O", "3", True),
+    ("three", "3", True), ("Twenty-one", "21", True), ("<answer>5 of the 12</answer>", "5", True), ("<answer>3 + 4 = 7</answer>", "7", True),
+    ("\\boxed{x = 7}", "7", True), ("3 boxes of 4 are 12", "12", True), ("She has 3.\nThen 9 * 2 = 18 dollars.", "18", True),
+    ("first 18\n#### 17", "18", False), ("<think>18", "18", False), ("<answer></answer> 18", "18", False), ("none", "5", False), ("", "5", False),
+    ("15", "5", False), ("5", "15", False), ("0.50", "5", False), ("5\\pi", "5", False), ("15π", "5", False), ("x2", "2", False),
+    ("1000001", "1000000", False), ("0.3333333", "1/3", True), ("0.33", "1/3", False), ("9" * 30, "9" * 29 + "8", False), ("9^999999999", "9", False)]
+OTHERS = [  # response, gold, type, right?
+    ("yes", "Yes", "boolean", True), ("Yes, it lights.", "yes", "boolean", True), ("The answer is True", "yes", "boolean", True),
+    ("no", "yes", "boolean", False), ("I know", "no", "boolean", False), ("I do not know", "no", "boolean", False), ("not true", "yes", "boolean", False),
+    ("It is true", "true", "boolean", True), ("yesterday", "yes", "boolean", False), ("", "no", "boolean", False),
+    ("Red.", "red", "any", True), ("the red  one", "red one", "any", True), ("carbon-dioxide", "carbon dioxide", "any", True),
+    ("two dogs", "2 dogs", "any", True), ("reddish", "red", "any", False), ("-3", "3", "any", False), ("3.5", "35", "any", False),
+    ("3.0", "3", "any", True), ("vitamin", "vitamin A", "any", False), ("", "A", "any", False), ("the", "A", "any", False), ("> 5", "< 5", "any", False),
+    ("CC(=O)O", "CC(=O)O", "any", True), ("CC=OO", "CC(=O)O", "any", False), ("c1ccccc1", "C1CCCCC1", "any", False),
+    ("12", "12", "math-expressions", True), ("\\frac12", "\\frac{1}{2}", "math-expressions", True), ("0.5", "$\\frac{1}{2}$", "math-expressions", True),
+    ("$90^\\circ$", "90", "math-expressions", True), ("x=5", "5", "math-expressions", True), ("(3, -4)", "$(3,-4)$", "math-expressions", True),
+    ("5+\\sqrt{19}", "$5 + \\sqrt{19}$", "math-expressions", True), ("\\text{Evelyn}", "Evelyn", "math-expressions", True),
+    ("So we get\nin total 12 cm", "12", "math-expressions", True), ("<answer>2n</answer>", "2", "math-expressions", False),
+    ("2", "$2n$", "math-expressions", False), ("<answer>1, 3</answer>", "1", "math-expressions", False), ("x - 1", "x + 1", "math-expressions", False),
+    ("<answer>5x - 7 = 0</answer>", "0", "math-expressions", False), ("52", "52_8", "math-expressions", False)]
+
+
+@pytest.mark.parametrize("response,answer", EXTRACTED)
+def test_extract_answer(response, answer):
+    assert rewards.extract_answer(response) == answer
+
+
+@pytest.mark.parametrize("response,gold,options,right", CHOICES)
+def test_multiple_choice(response, gold, options, right):
+    assert rewards.score(response, gold, "multiple-choice", options) is right
+
+
+@pytest.mark.parametrize("response,gold,right", NUMBERS)
+def test_number(response, gold, right):
+    assert rewards.score(response, gold, "number") is right
+    assert rewards.score(response, gold, "number") <= (rewards.predict(response, "number") is not None)
+
+
+@pytest.mark.parametrize("response,gold,kind,right", OTHERS)
+def test_other_types(response, gold, kind, right):
+    assert rewards.score(response, gold, kind) is right
+
+
+def test_number_tolerance_and_unknown_type():
+    assert rewards.number("3.2", "3.14", rel_tol=0.05) and not rewards.number("3.2", "3.14")
+    with pytest.raises(AssertionError, match="choose one of"):
+        rewards.score("5", "5", "numeric")
+
+
+@pytest.mark.skipif(not (SHARED / "gsm8k").exists(), reason="the folder ../shared/data is not here")
+def test_real_answers_score_themselves():
+    for name in ("mathvision", "gsm8k"):  # read_documents checks each answer against itself
+        docs = evaluate.read_documents(evaluate.TASKS[name], SHARED)
+        assert len(docs) == {"mathvision": 304, "gsm8k": 1319}[name]
+        assert all(d["messages"][0]["content"].count("<image>") == len(d["images"]) for d in docs)
+        assert all((SHARED / p).exists() for d in docs for p in d["images"])
+    solutions = [json.loads(line)["answer"] for line in open(SHARED / "gsm8k" / "test.jsonl")]
+    assert all(rewards.score(s, d["gold"], "number") for s, d in zip(solutions, docs))
+    free = [s.replace("####", "so it is") for s in solutions]  # the last number of free text
+    assert all(rewards.score(s, d["gold"], "number") for s, d in zip(free, docs))
+
+
+# ---- a small world ----------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    raw = RawTokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    raw.train_from_iterator(["How many corners has the shape? three four red blue"] * 4, trainers.BpeTrainer(
+        vocab_size=400, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    raw.add_special_tokens([AddedToken(f"<|{t}|>", special=True) for t in (
+        "endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")])
+    raw.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tokenizer, tmp_path_factory) -> Path:
+    """Random weights."""
+    return save(tokenizer, tmp_path_factory.mktemp("model") / "random")
+
+
+def save(tokenizer: Path, folder: Path, says: str = "", seed: int = 0) -> Path:
+    """A tiny checkpoint. `says`: its blocks do nothing and its head continues a prompt with these characters and stops."""
+    tok = Tokenizer(tokenizer)
+    model = Innovator.from_config(replace(PRESETS["tiny"], token_ids=tok.token_ids()), seed=seed)
+    model.assets = tokenizer
+    if says:
+        chain = [*tok.encode("\n"), *(t for ch in says for t in tok.encode(ch)), tok.im_end]
+        assert len(chain) == len(set(chain)), "each token decides the next"
+        with torch.no_grad():
+            for block in model.model.layers:
+                block.self_attn.o_proj.weight.zero_()
+                block.mlp.down_proj.weight.zero_()
+            model.lm_head.weight.zero_()
+            for before, after in zip(chain, chain[1:]):
+                model.lm_head.weight[after] = model.model.embed_tokens.weight[before]
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def world(tmp_path) -> Path:
+    """A data root with eleven toy questions, in file order not sorted by length."""
+    folder, rows = tmp_path / "data", []
+    (folder / "heldout" / "images").mkdir(parents=True)
+    for k in range(8):
+        Image.new("RGB", (28 * (2 + k % 3), 56), (30 * k, 255 - 30 * k, 128)).save(folder / f"heldout/images/{k}.png")
+        rows.append(dict(id=f"p{k}", question="How many corners has the shape?" + " really?" * (k % 4), options=None, answer=str(3 + k % 2),
+                         answer_type="number", discipline=("mathematics", "physics")[k % 2], template="x", image=f"images/{k}.png", chance=0.5))
+    for k in range(3):
+        rows.append(dict(id=f"t{k}", question="Which is red?" * (1 + k), options=["blue", "red"], answer="B", answer_type="multiple-choice",
+                         discipline="general", template="y", image=None, chance=0.5))
+    write_rows(folder, rows)
+    return folder
+
+
+def write_rows(world: Path, rows: list[dict]) -> None:
+    (world / "heldout" / "toy.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in open(path, "rb")]
+
+
+def run_here(monkeypatch, *args) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args)])
+    evaluate.main()
+
+
+def run_script(*args, nproc: int = 0, **options) -> subprocess.CompletedProcess:
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)] if nproc else []
+    return subprocess.run([sys.executable, *torchrun, str(ROOT / args[0]), *map(str, args[1:])], capture_output=True, text=True,
+                          env=env | {"OMP_NUM_THREADS": "1"}, timeout=120, **options)
+
+
+def final(out: Path) -> tuple[bytes, bytes]:
+    assert not list(out.glob("*.part")) and not list(out.glob(".*.tmp"))
+    return (out / "samples_toy.jsonl").read_bytes(), (out / "results.json").read_bytes()
+
+
+COMMON = ("--tasks", "toy", "--batch", "3", "--max-new-tokens", "6", "--device", "cpu")
+
+
+# ---- evaluate -------------------------------------------------------------------------------------------------------
+def test_scores_and_table(tokenizer, world, tmp_path, monkeypatch, capsys):
+    """A model that always says 4 is right for half of the pictures."""
+    four = save(tokenizer, tmp_path / "four", says="4")
+    run_here(monkeypatch, four, *COMMON, "--data-root", world, "--samples", 1)
+    rows, results = read_lines(four / "eval/samples_toy.jsonl"), json.loads((four / "eval/results.json").read_text())
+    assert [r["id"] for r in rows] == [r["id"] for r in read_lines(world / "heldout/toy.jsonl")]
+    assert {(r["response"], r["tokens"], r["truncated"]) for r in rows} == {("4", 2, False)}
+    assert rows[1]["image"] == "heldout/images/1.png" and (Path(results["root"]) / rows[1]["image"]).exists()
+    assert rows[8]["question"] == "Which is red?\nA. blue\nB. red\nAnswer with the option's letter from the given choices directly."
+    toy = results["results"]["toy"]
+    assert (toy["n"], toy["n_picture"], toy["acc_picture"], toy["n_text"], toy["acc_text"]) == (11, 8, 0.5, 3, 0)
+    assert toy["by_group"] == {"mathematics": {"acc": 0, "n": 4, "chance": 0.5}, "physics": {"acc": 1, "n": 4, "chance": 0.5},
+                               "general": {"acc": 0, "n": 3, "chance": 0.5}}
+    assert (toy["truncated"], toy["unparsed"], toy["errors"]) == (0, 3, 0)  # "4" names no letter
+    assert toy["stderr"] == pytest.approx((4 / 11 * 7 / 11 / 10) ** 0.5)
+    assert "| toy | 11 | 0.364 ± 0.152 | 0.500 | 0 | 3 | 0 |" in capsys.readouterr().out
+
+
+def test_rescore_is_idempotent_and_reads_changed_answers(tokenizer, world, tmp_path, monkeypatch):
+    four = save(tokenizer, tmp_path / "four", says="4")
+    run_here(monkeypatch, four, *COMMON, "--data-root", world)
+    before = final(four / "eval")
+    (four / "model.safetensors").unlink()
+    run_here(monkeypatch, four, "--tasks", "toy", "--data-root", world, "--rescore")
+    assert final(four / "eval") == before
+    write_rows(world, [r | {"answer": "4", "options": None, "answer_type": "number"} for r in read_lines(world / "heldout/toy.jsonl")])
+    run_here(monkeypatch, "--tasks", "toy", "--data-root", world, "--rescore", "--out", four / "eval")
+    assert json.loads(final(four / "eval")[1])["results"]["toy"]["acc"] == 1
+
+
+def test_batches_and_resume(checkpoint, world, tmp_path, monkeypatch):
+    """Rows do not change each other; killed in the middle of a line and resumed, the files are byte for byte the same, and
+    only what is missing is generated."""
+    def run(out, *more): run_here(monkeypatch, checkpoint, *COMMON, "--data-root", world, "--out", tmp_path / out, *more)
+    run("straight")
+    samples, results = final(tmp_path / "straight")
+    run("alone", "--batch", "1")
+    assert [r["response"] for r in read_lines(tmp_path / "alone/samples_toy.jsonl")] == \
+        [r["response"] for r in map(json.loads, samples.splitlines())]
+
+    asked, respond = [], evaluate.respond
+    def killed(model, tok, prompts, budget):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(len(prompts))
+        return respond(model, tok, prompts, budget)
+    monkeypatch.setattr(evaluate, "respond", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("resumed")
+    part = tmp_path / "resumed/samples_toy.rank0.part"
+    part.write_bytes(part.read_bytes()[:-30])
+    monkeypatch.setattr(evaluate, "respond", lambda m, t, p, b: asked.append(len(p)) or respond(m, t, p, b))
+    run("resumed")
+    assert final(tmp_path / "resumed") == (samples, results)
+    assert asked == [3, 3, 3, 3, 2]  # the second batch lost a row and is generated whole again
+
+    del asked[:]
+    run("resumed")
+    run("resumed", "--limit", "4")  # evenly spread: p0, p2, p5, t0; the other responses are kept
+    assert [r["id"] for r in read_lines(tmp_path / "resumed/samples_toy.jsonl")] == ["p0", "p2", "p5", "t0"]
+    run("resumed")
+    assert final(tmp_path / "resumed") == (samples, results) and asked == []
+    run("resumed", "--no-resume")
+    assert final(tmp_path / "resumed") == (samples, results) and sum(asked) == 11
+
+
+def test_changed_checkpoint_or_budget_reads_no_old_response(tokenizer, checkpoint, world, tmp_path, monkeypatch):
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    model = Innovator.from_pretrained(other)
+    with torch.no_grad():
+        model.visual.merger.mlp[0].bias[0] += 1  # neither end of the file changes
+    before = (other / "model.safetensors").read_bytes()
+    model.save_pretrained(other)
+    after = (other / "model.safetensors").read_bytes()
+    assert before != after and before[:2 ** 16] == after[:2 ** 16] and before[-2 ** 16:] == after[-2 ** 16:]
+    asked, respond = [], evaluate.respond
+    monkeypatch.setattr(evaluate, "respond", lambda m, t, p, b: asked.append(len(p)) or respond(m, t, p, b))
+    for args, new in ((checkpoint, 11), (other, 11), (other, 0)):
+        run_here(monkeypatch, args, *COMMON, "--data-root", world, "--out", tmp_path / "out")
+        assert sum(asked) == new
+        asked.clear()
+    run_here(monkeypatch, other, *COMMON, "--data-root", world, "--out", tmp_path / "out", "--max-new-tokens", "5")
+    assert sum(asked) == 11
+
+
+def test_one_two_and_four_processes(checkpoint, world, tmp_path, monkeypatch):
+    run_here(monkeypatch, checkpoint, *COMMON, "--data-root", world, "--out", tmp_path / "p1")
+    for n in (2, 4):
+        done = run_script("evaluate.py", checkpoint, *COMMON, "--data-root", world, "--out", tmp_path / f"p{n}", "--threads", 1, nproc=n)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert final(tmp_path / f"p{n}") == final(tmp_path / "p1")
+
+
+def test_shuffled_images(checkpoint, world, tmp_path, monkeypatch):
+    run_here(monkeypatch, checkpoint, *COMMON, "--data-root", world, "--shuffle-images", "--out", tmp_path / "a")
+    group = {f"heldout/images/{k}.png": ("mathematics", "physics")[k % 2] for k in range(8)}
+    rows = read_lines(tmp_path / "a/samples_toy.jsonl")
+    dealt = [r["image"] for r in rows if r["image"]]
+    assert sorted(dealt) == sorted(group)
+    assert all(group[r["image"]] == r["discipline"] and r["image"] != f"heldout/images/{r['id'][1:]}.png" for r in rows if r["image"])
+
+
+def test_bad_images_are_counted_and_mended(checkpoint, world, tmp_path, monkeypatch, capsys):
+    run_here(monkeypatch, checkpoint, *COMMON, "--data-root", world, "--out", tmp_path / "good")
+    good = {r["id"]: r for r in read_lines(tmp_path / "good/samples_toy.jsonl")}
+    cut, gone = world / "heldout/images/2.png", world / "heldout/images/5.png"
+    bytes_of = {p: p.read_bytes() for p in (cut, gone)}
+    cut.write_bytes(bytes_of[cut][:60] + b"\0" * (len(bytes_of[cut]) - 60))
+    gone.unlink()
+    for _ in range(2):  # the second time nothing is left to generate
+        run_here(monkeypatch, checkpoint, *COMMON, "--data-root", world, "--out", tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "toy: error: p2, heldout/images/2.png: image 0 cannot be decoded" in printed and "toy: error: p5" in printed
+    rows, toy = read_lines(tmp_path / "out/samples_toy.jsonl"), json.loads((tmp_path / "out/results.json").read_text())["results"]["toy"]
+    assert toy["errors"] == 2 and toy["n"] == 11
+    assert [r["id"] for r in rows if r["error"]] == ["p2", "p5"] and not any(r["correct"] for r in rows if r["error"])
+    assert all(r["response"] == good[r["id"]]["response"] for r in rows if not r["error"])
+    for p, b in bytes_of.items():
+        p.write_bytes(b)
+    run_here(monkeypatch, checkpoint, *COMMON, "--data-root", world, "--out", tmp_path / "out")
+    assert final(tmp_path / "out") == final(tmp_path / "good")
+
+
+def test_absent_data_and_user_errors(checkpoint, world, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as e:
+        run_here(monkeypatch, checkpoint, *COMMON[2:], "--tasks", "gsm8k", "toy", "--data-root", world, "--out", tmp_path / "out")
+    assert e.value.code == 1 and "gsm8k: not evaluated: " + str(world / "gsm8k/test.jsonl") in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "out/results.json").read_text())["results"]) == ["toy"]
+    run_here(monkeypatch, "--list", "--data-root", world)
+    assert "gsm8k/test.jsonl  (not there)" in capsys.readouterr().out
+    for args, message in (((checkpoint, "--tasks", "toi"), "choose from toy"), ((checkpoint,), "say what to evaluate"),
+                          (("--tasks", "toy"), "usage:"), ((tmp_path / "nothing", *COMMON, "--data-root", world), "not found"),
+                          ((checkpoint, *COMMON, "--data-root", world, "--rescore", "--out", tmp_path / "new"), "not found")):
+        with pytest.raises((AssertionError, common.UserError), match=message):
+            run_here(monkeypatch, *args)
+    write_rows(world, [read_lines(world / "heldout/toy.jsonl")[0] | {"answer": "red"}])
+    with pytest.raises(AssertionError, match="line 1: .*'red'|'red' is not a number"):
+        run_here(monkeypatch, checkpoint, *COMMON, "--data-root", world)
+
+
+@pytest.mark.skipif(not (SHARED / "gsm8k").exists(), reason="the folder ../shared/data is not here")
+def test_real_tasks_run(checkpoint, tmp_path, monkeypatch):
+    run_here(monkeypatch, checkpoint, "--tasks", "mathvision", "gsm8k", "--data-root", SHARED, "--limit", "3", "--out", tmp_path / "out",
+             "--max-new-tokens", "4", "--min-pixels", "3136", "--max-pixels", "50000", "--device", "cpu")
+    results = json.loads((tmp_path / "out/results.json").read_text())["results"]
+    assert list(results) == ["mathvision", "gsm8k"] and all((r["n"], r["truncated"], r["errors"]) == (3, 3, 0) for r in results.values())
+
+
+# ---- chat ------------------------------------------------------------------------------------------------------------
+def test_chat(tokenizer, checkpoint, world, tmp_path):
+    says = save(tokenizer, tmp_path / "says", says="zé€😀")
+    picture = world / "heldout/images/0.png"
+    done = run_script("chat.py", says, "What", "is", "it?", "--device", "cpu", "--image", picture, picture)
+    assert (done.returncode, done.stdout) == (0, "zé€😀\n"), done.stderr
+    done = run_script("chat.py", says, "--device", "cpu", input=f"Which?\n\n/image {picture}\nAnd this?\n/new\nAgain?\n")
+    assert (done.returncode, done.stdout) == (0, "zé€😀\n" * 3), done.stderr
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(picture.read_bytes()[:40])
+    for args, message in (((says, "--image", broken, "What?"), "broken.png: not a readable picture"), ((tmp_path, "Hello"), "no checkpoint there"),
+                          ((says, "x " * 3000), "the model's context is 2048")):
+        done = run_script("chat.py", *args, "--device", "cpu")
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_chat_words():
+    assert chat.split_words(["What", "--seed", "1", "is", "--image", "a.png", "b.JPG", "it?"]) == \
+        (["--seed", "1", "--image", "a.png", "b.JPG"], ["What", "is", "it?"])
