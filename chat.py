@@ -81,15 +81,14 @@ def answer(model: Innovator, tok: Tokenizer, c: Config, messages: list[dict], im
 def opened(file: str, tok: Tokenizer) -> Path:
     """The picture's path, if it can be read; damage shows before the question is typed."""
     try:
-        encode([{"role": "user", "content": "<image>"}], [file], tok, Limits())
+        encode([{"role": "user", "content": "<image>"}], [file], tok, Limits(), generate=True)
     except (BadRow, OSError) as e:
         raise UserError(f"{file}: not a readable picture: {e}") from None
     return Path(file)
 
 
 def main() -> None:
-    assert len(sys.argv) > 1, "usage: python chat.py CHECKPOINT [--image FILE ...] [question]; -h lists the options"
-    given = not sys.argv[1].startswith("-")
+    given = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
     options, words = split_words(sys.argv[1 + given:])
     c = common.parse(Config, options, __doc__)
     assert given, "usage: python chat.py CHECKPOINT [--image FILE ...] [question]; -h lists the options"
@@ -97,20 +96,21 @@ def main() -> None:
     if not (folder / "config.json").exists():
         raise UserError(f"{sys.argv[1]}: no checkpoint there; give a Hugging Face folder or the folder of a run")
     device = c.device if c.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[c.dtype if c.dtype != "auto" else "bf16" if device == "cuda" else "fp32"]
+    dtype = c.dtype if c.dtype != "auto" else "bf16" if device == "cuda" else "fp32"
     tok = Tokenizer(folder)
     images = [opened(file, tok) for file in c.image]
-    model = Innovator.from_pretrained(folder, dtype, device)
+    model = Innovator.from_pretrained(folder, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], device)
     assert not images or model.visual is not None, f"{folder} is a text model: it takes no --image"
-    sys.stdin.reconfigure(errors="replace")
     sys.stdout.reconfigure(errors="replace")
+    if not words:
+        sys.stdin.reconfigure(errors="replace")
 
     first = [{"role": "system", "content": c.system}] if c.system else []
     messages, shown, waiting, talk = list(first), [], images, sys.stdin.isatty()
     while True:
         try:
             text = " ".join(words) or input("> " if talk else "")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             break
         if not text.strip():
             if talk:
@@ -130,7 +130,7 @@ def main() -> None:
         except (UserError, AssertionError, BadRow) as e:  # in a conversation a turn that fails is dropped
             if words or not talk:
                 raise UserError(str(e)) from None
-            print(f"error: {e}", file=sys.stderr)
+            print(f"error: {e} (/new starts over)", file=sys.stderr)
         if words:
             break
 

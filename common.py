@@ -36,7 +36,7 @@ def run(main) -> None:
         print(f"error: {e.strerror or e}: {e.filename or 'while writing'}", file=sys.stderr, flush=True)
         os._exit(2) if dist.is_initialized() and dist.get_world_size() > 1 else sys.exit(2)
     finally:
-        if dist.is_initialized() and sys.exc_info()[0] is None:
+        if dist.is_initialized() and sys.exc_info()[0] in (None, SystemExit):
             dist.destroy_process_group()
 
 

@@ -21,7 +21,6 @@ Departures
 
 Letters: T tokens, S supervised rows, P patches, M merged image tokens, N images.
 """
-import functools
 import gzip
 import hashlib
 import io
@@ -35,10 +34,9 @@ import signal
 import sys
 import tarfile
 import threading
-from collections import Counter
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +59,8 @@ ANSWER_PROMPT = "Put ONLY your final answer within <answer></answer>."
 
 
 class BadRow(Exception):
-    """A row that cannot become documents; str() is the reason."""
+    """A row that cannot become documents; str() is the reason, row_id its own id where it could be read."""
+    row_id = ""
 
 
 # ---- images ---------------------------------------------------------------------------------------------------------
@@ -200,11 +199,15 @@ class Doc:
     grids: list[tuple[int, int, int]] = field(default_factory=list)  # (1, h, w) patches per image
     pixels: np.ndarray | None = None  # [P, 588] uint8, if decoded
     group: str = ""  # discipline, where the row says one
+    row_id: str = ""  # the row's own id
 
 
 def encode(messages: list[dict], images: list, tok: Tokenizer, limits: Limits, generate: bool = False,
            decode: bool = True) -> Doc:
     """Messages and images (PIL, bytes or paths) to a document. decode=False leaves pixels out: lengths need only headers."""
+    tags = sum(m["content"].count("<image>") for m in messages if m["role"] == "user")
+    if tags != len(images):
+        raise BadRow(f"{tags} <image> tag(s) but {len(images)} image(s)")
     opened = [open_image(im, k) for k, im in enumerate(images)]
     sizes = [target_size(*im.size, limits) for im in opened]
     grids = [(1, h // PATCH, w // PATCH) for h, w in sizes]
@@ -266,13 +269,6 @@ def _images(value, base: Path) -> list:
     return out
 
 
-def _part(messages: list[dict], images: list) -> tuple[list[dict], list]:
-    tags = sum(m["content"].count("<image>") for m in messages if m["role"] == "user")
-    if tags != len(images):
-        raise BadRow(f"{tags} <image> tag(s) but {len(images)} image(s)")
-    return messages, images
-
-
 def rl_prompt(row: dict) -> str:
     """User text of an RL-172K row: the released prefix by prompt_type, optional guidance, the problem."""
     if row["prompt_type"] == "normal":
@@ -292,29 +288,29 @@ def row_of(raw: dict, key: str, base: Path) -> Row:
         images = iter(_tar_images(raw, raw.get("images")))
         for prompt, caption in zip(raw["prompts"], raw["captions"], strict=True):
             messages = _messages([{"role": "user", "content": prompt}, {"role": "assistant", "content": caption}])
-            row.parts.append(_part(messages, list(itertools.islice(images, prompt.count("<image>")))))
+            row.parts.append((messages, list(itertools.islice(images, prompt.count("<image>")))))
         if left := len(list(images)):
             raise BadRow(f"{left} image(s) more than <image> tags")
     elif "texts" in raw:  # SFT webdataset
-        row.parts.append(_part(_messages(raw["texts"]), _tar_images(raw, raw.get("name"))))
+        row.parts.append((_messages(raw["texts"]), _tar_images(raw, raw.get("name"))))
     elif "caption" in raw:  # mid-training: the user says only "<image>"
         messages = _messages([{"role": "user", "content": "<image>"}, {"role": "assistant", "content": raw["caption"]}])
-        row.parts.append(_part(messages, _images(raw["image"], base)))
+        row.parts.append((messages, _images(raw["image"], base)))
     elif "problem" in raw:  # RL-172K
         answer = raw["answer"][0] if isinstance(raw["answer"], list) and raw["answer"] else raw["answer"] or ""
         messages = _messages([{"role": "user", "content": rl_prompt(raw)},
                               {"role": "assistant", "content": f"<answer>{answer}</answer>" if answer else ""}])
-        row.parts.append(_part(messages, _images(raw["images"], base)))
+        row.parts.append((messages, _images(raw["images"], base)))
     elif "question" in raw and "answer" in raw:
         messages = _messages([{"role": "user", "content": raw["question"]}, {"role": "assistant", "content": str(raw["answer"])}])
-        row.parts.append(_part(messages, _images(raw.get("image"), base)))
+        row.parts.append((messages, _images(raw.get("image"), base)))
     elif "text" in raw:
         if not isinstance(raw["text"], str) or not raw["text"].strip():
             raise BadRow("the text is empty")
         row.text = raw["text"]
     else:
         turns = raw.get("conversations", raw.get("messages"))
-        row.parts.append(_part(_messages(turns), _images(raw.get("image", raw.get("images")), base)))
+        row.parts.append((_messages(turns), _images(raw.get("image", raw.get("images")), base)))
     return row
 
 
@@ -496,7 +492,7 @@ class Dataset:
         try:
             return row_of(raw, self.name(i)[1], self.paths[k].parent)
         except BadRow as e:
-            e.id = str(raw.get("id", ""))
+            e.row_id = str(raw.get("id", ""))
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as e:
             raise BadRow(f"fields are not those of a known format ({type(e).__name__}: {e}); it has {sorted(raw)}") from None
@@ -519,27 +515,25 @@ class Source:
     def docs(self, i: int, decode: bool, parts: list[int] | None = None) -> list[Doc]:
         """Documents of row i; plain text is cut into pieces of seq_len tokens, everything else stays whole."""
         row = self.data.row(i)
-        if row.text is not None:
-            ids = np.array(self.tok.encode(row.text) + [self.tok.pad], dtype=np.int32)
-            out = [Doc(p, p, group=row.group) for p in np.split(ids, range(self.seq_len, len(ids), self.seq_len))]
-        else:
-            out = [encode(m, im, self.tok, self.limits, decode=decode and (parts is None or k in parts))
-                   for k, (m, im) in enumerate(row.parts)]
-        for doc in out:
-            doc.group = row.group
-            if len(doc.ids) > self.seq_len:
-                raise BadRow(f"{len(doc.ids)} tokens, longer than seq_len {self.seq_len}")
+        try:
+            if row.text is not None:
+                ids = np.array(self.tok.encode(row.text) + [self.tok.pad], dtype=np.int32)
+                out = [Doc(p, p) for p in np.split(ids, range(self.seq_len, len(ids), self.seq_len))]
+            else:
+                out = [encode(m, im, self.tok, self.limits, decode=decode and (parts is None or k in parts))
+                       for k, (m, im) in enumerate(row.parts)]
+            for doc in out:
+                doc.group, doc.row_id = row.group, row.id
+                if len(doc.ids) > self.seq_len:
+                    raise BadRow(f"{len(doc.ids)} tokens, longer than seq_len {self.seq_len}")
+        except BadRow as e:
+            e.row_id = row.id
+            raise
         return out
 
     def bad(self, i: int, e: BadRow) -> dict:
         file, at = self.data.name(i)
-        return {"file": file, "row": getattr(e, "id", "") or self._id(i) or at, "at": at, "reason": str(e)}
-
-    def _id(self, i: int) -> str:
-        try:
-            return self.data.row(i).id
-        except BadRow:
-            return ""
+        return {"file": file, "row": e.row_id or at, "at": at, "reason": str(e)}
 
 
 _source: Source | None = None  # of this worker process
@@ -554,17 +548,32 @@ def _start_worker(source: Source) -> None:
     _source = source.open()
 
 
-def _measure(source: Source | None, rows: list[int]) -> tuple[np.ndarray, list[dict]]:
-    """(row, part, tokens, patches, sum of squared patches) of every document of these rows, and the bad rows."""
-    source, items, bad = source or _source, [], []
+@dataclass
+class Measured:
+    """What is known of some rows without keeping their documents."""
+    items: np.ndarray  # [documents, 5] row, part, tokens, patches, sum of squared patches of an image
+    bad: list[dict]
+    ids: list[tuple[int, str]]  # (row, its own id)
+    supervised: int = 0
+    images: int = 0
+
+
+def _measure(source: Source | None, rows: list[int], decode: bool = False) -> Measured:
+    source, items, out = source or _source, [], Measured(None, [], [])
     for i in rows:
         try:
-            for part, doc in enumerate(source.docs(i, decode=False)):
-                n = [h * w for _, h, w in doc.grids]
-                items.append((i, part, len(doc.ids), sum(n), sum(x * x for x in n)))
+            docs = source.docs(i, decode)
         except BadRow as e:
-            bad.append(source.bad(i, e))
-    return np.array(items, dtype=np.int64).reshape(-1, 5), bad
+            out.bad.append(source.bad(i, e))
+            continue
+        out.ids.append((i, docs[0].row_id))
+        for part, doc in enumerate(docs):
+            n = [h * w for _, h, w in doc.grids]
+            items.append((i, part, len(doc.ids), sum(n), sum(x * x for x in n)))
+            out.supervised += int((doc.labels[1:] != -100).sum())
+            out.images += len(n)
+    out.items = np.array(items, dtype=np.int64).reshape(-1, 5)
+    return out
 
 
 @dataclass
@@ -736,6 +745,20 @@ class _Inline:
         pass
 
 
+def _pool(source: Source, workers: int):
+    """Worker processes that hold `source` open, or none."""
+    if not workers:
+        return _Inline()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data"])
+    closed = replace(source)  # the fields alone, without open files
+    return ProcessPoolExecutor(workers, context, _start_worker, (closed,))
+
+
+def _problem(p: tuple[str, str, str]) -> dict:
+    return {"file": p[0], "row": p[1], "at": p[1], "reason": p[2]}
+
+
 class Loader:
     """Endless steps over the data, the same for every world size.
 
@@ -785,7 +808,7 @@ class Loader:
         s = self.state_ahead
         held = []  # packs of earlier windows that wait for a full step: (items, state after)
         if s["epoch"] == s["window"] == s["pack"] == 0:
-            self._report([{"file": f, "row": r, "at": r, "reason": why} for f, r, why in self.source.data.problems])
+            self._report([_problem(p) for p in self.source.data.problems])
         while True:
             n, epoch, w = len(self.source.data), s["epoch"], s["window"]
             rng = np.random.default_rng([self.seed, epoch, w])
@@ -797,8 +820,8 @@ class Loader:
                 last = (w + 1) * self.window >= n
                 chunks = [rows[i:i + 64].tolist() for i in range(0, len(rows), 64)]
                 got = [f.result() for f in [pool.submit(_measure, source, c) for c in chunks]]
-                items = np.concatenate([g[0] for g in got])
-                self._report([b for g in got for b in g[1]] if s["pack"] == 0 else [], len(rows) if s["pack"] == 0 else 0)
+                items = np.concatenate([g.items for g in got])
+                self._report([b for g in got for b in g.bad] if s["pack"] == 0 else [], len(rows) if s["pack"] == 0 else 0)
             after = {"epoch": epoch + last, "window": 0 if last else w + 1, "pack": 0}
             if self.unit == "rows":
                 each = costs(items, list(np.arange(len(items))[:, None]), self.cost)
@@ -826,13 +849,7 @@ class Loader:
 
     def __iter__(self):
         self.state_ahead = json.loads(json.dumps(self.state))
-        if self.workers:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["data"])
-            pool = ProcessPoolExecutor(self.workers, context, _start_worker, (Source(
-                self.source.paths, self.source.tokenizer, self.source.limits, self.source.seq_len, self.source.counts),))
-        else:
-            pool = _Inline()
+        pool = _pool(self.source, self.workers)
         source = None if self.workers else self.source
         ready, stop = queue.Queue(max(1, self.prefetch)), threading.Event()
 
@@ -889,45 +906,29 @@ def load_plan(path: str, source: Source) -> np.ndarray:
         return z["items"]
 
 
-def survey(source: Source, workers: int, decode: bool) -> tuple[np.ndarray, list[dict], dict]:
-    """Reads all rows: items as in _measure, bad rows (repeated ids too), sums for the statistics."""
+def survey(source: Source, workers: int, decode: bool) -> Measured:
+    """Measures all rows; repeated ids are bad rows too, and their documents are left out."""
     source.open()
-    items, bad, seen, sums = [], [], set(), Counter()
-    bad += [{"file": f, "row": r, "at": r, "reason": why} for f, r, why in source.data.problems]
     source.counts = source.data.counts
+    pool = _pool(source, workers)
     chunks = [list(range(i, min(i + 64, len(source.data)))) for i in range(0, len(source.data), 64)]
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver"), _start_worker, (Source(
-        source.paths, source.tokenizer, source.limits, source.seq_len, source.counts),)) if workers else _Inline()
-    futures = [pool.submit(_survey, None if workers else source, c, decode) for c in chunks]
+    futures = [pool.submit(_measure, None if workers else source, c, decode) for c in chunks]
+    out, seen, kept = Measured(None, [_problem(p) for p in source.data.problems], []), set(), []
     for f in tqdm(futures, desc="rows", unit="x64", disable=None):
-        for row, file_id, got, error, sizes in f.result():
-            if error is None and file_id in seen:
-                error = {"file": source.data.name(row)[0], "row": file_id[1], "at": source.data.name(row)[1],
-                         "reason": "the id was already used by an earlier row"}
-            seen.add(file_id)
-            if error:
-                bad.append(error)
-            else:
-                items += got
-                sums.update(sizes)
+        m, repeated = f.result(), []
+        for i, row_id in m.ids:  # ids are unique among the parquet files of a folder, and inside any other file
+            path = source.data.paths[source.data.where(i)[0]]
+            key = (path.parent if path.suffix == ".parquet" else path, row_id)
+            if key in seen:
+                repeated.append(i)
+                file, at = source.data.name(i)
+                m.bad.append({"file": file, "row": row_id, "at": at, "reason": "the id was already used by an earlier row"})
+            seen.add(key)
+        kept.append(m.items[~np.isin(m.items[:, 0], repeated)])
+        out.bad += m.bad
+        out.supervised, out.images = out.supervised + m.supervised, out.images + m.images
     pool.shutdown()
-    return np.array(items, dtype=np.int64).reshape(-1, 5), bad, sums
-
-
-def _survey(source: Source | None, rows: list[int], decode: bool) -> list:
-    source, out = source or _source, []
-    for i in rows:
-        k, _ = source.data.where(i)
-        try:
-            docs = source.docs(i, decode)
-            items = [(i, part, len(d.ids), sum(h * w for _, h, w in d.grids), sum((h * w) ** 2 for _, h, w in d.grids))
-                     for part, d in enumerate(docs)]
-            sizes = Counter(supervised=sum(int((d.labels[1:] != -100).sum()) for d in docs), images=sum(len(d.grids) for d in docs))
-            # ids are unique among the parquet files of a folder, and inside any other file
-            path = source.data.paths[k]
-            out.append((i, (str(path.parent if path.suffix == ".parquet" else path), source.data.row(i).id), items, None, sizes))
-        except BadRow as e:
-            out.append((i, None, [], source.bad(i, e), Counter()))
+    out.items = np.concatenate([*kept, np.zeros((0, 5), np.int64)])
     return out
 
 
@@ -952,10 +953,10 @@ def main() -> None:
     c = parse(Config, sys.argv[3:], __doc__)
     source = Source([path], c.tokenizer, Limits(c.min_pixels, c.max_pixels, c.max_side), c.seq_len)
     assert command != "pack" or c.out, "pack: say where the plan goes with --out plan.npz"
-    items, bad, sums = survey(source, c.workers, decode=command == "check")
-    lengths = items[:, 2]
+    found = survey(source, c.workers, decode=command == "check")
+    items, bad, lengths = found.items, found.bad, found.items[:, 2]
     rows = len(source.data)
-    print(f"{path}: {len(source.data.paths)} file(s), {rows} rows, {len(items)} documents, {sums['images']} images, {len(bad)} bad")
+    print(f"{path}: {len(source.data.paths)} file(s), {rows} rows, {len(items)} documents, {found.images} images, {len(bad)} bad")
     for b in bad[:50]:
         print(f"  bad: {b['file']}, {b['row']} ({b['at']}): {b['reason']}")
     if len(bad) > 50:
@@ -964,7 +965,7 @@ def main() -> None:
         q = np.percentile(lengths, [0, 50, 90, 99, 100]).astype(int)
         packs = best_fit_decreasing(lengths, c.seq_len)
         print(f"tokens {lengths.sum()}, per document mean {lengths.mean():.0f}, min {q[0]}, median {q[1]}, 90% {q[2]}, 99% {q[3]}, "
-              f"max {q[4]}; image tokens {items[:, 3].sum() / 4 / lengths.sum():.1%}; supervised {sums['supervised'] / lengths.sum():.1%}")
+              f"max {q[4]}; image tokens {items[:, 3].sum() / 4 / lengths.sum():.1%}; supervised {found.supervised / lengths.sum():.1%}")
         print(f"packed to {c.seq_len}: {len(packs)} packs, fill {lengths.sum() / len(packs) / c.seq_len:.4f} (a bound for the last, "
               f"partly filled pack: {lengths.sum() / math.ceil(lengths.sum() / c.seq_len) / c.seq_len:.4f}), "
               f"{len(items) / len(packs):.1f} documents a pack")

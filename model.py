@@ -86,7 +86,7 @@ class ModelConfig:
             head_dim=t.get("head_dim") or t["hidden_size"] // t["num_attention_heads"], rope_theta=rope["rope_theta"],
             qkv_bias=t.get("attention_bias", family == "qwen2"), qk_norm=t.get("use_qk_norm", family != "qwen2"),
             tie_word_embeddings=c.get("tie_word_embeddings", t.get("tie_word_embeddings", False)),
-            token_ids={k: c.get(k) or t.get(k) or default for k, default in _TOKEN_IDS.items()},
+            token_ids={k: next((x[k] for x in (c, t) if x.get(k) is not None), default) for k, default in _TOKEN_IDS.items()},
             vision=v and VisionConfig(**{k: v[k] for k in ("depth", "embed_dim", "num_heads", "intermediate_size", "in_channels",
                                                            "patch_size", "spatial_merge_size", "layer_norm_eps")}))
 

@@ -53,7 +53,8 @@ def marked(text: str) -> str | None:
         return inner
     if hashes := re.findall(r"####[ \t]*([^\n]*)", text):
         return hashes[-1].strip()
-    said = re.findall(r"\banswer\b[*\s]*(?:\bis\b|:|=)[:*\s]*([^\n]+?)[*\s]*(?=[.;!?](?:\s|$)|\s(?:because|since)\b|\n|$)", text, re.I)
+    said = re.findall(r"\banswers?\b[*\s]*(?:\bis\b|\bare\b|:|=)[:*\s]*([^\n]+?)[*\s]*"
+                      r"(?=[.;!?](?:\s|$)|\s(?:because|since)\b|\n|$)", text, re.I)
     return said[-1].strip() if said else None
 
 
@@ -105,7 +106,8 @@ def read_choice(text: str, options: list[str] | None = None) -> str | None:
 def multiple_choice(response: str, gold: str, options: list[str] | None = None) -> bool:
     """gold: a letter, several letters (all and no other must be named), or the text of an option."""
     want = read_choice(gold, options)
-    if want is None:  # a text that no list of options explains
+    assert want or not options, f"the right answer {gold!r} is none of the options {options}"
+    if want is None:
         return exact_text(response, gold)
     return read_choice(_answer_or_last_line(response), options) == want
 
@@ -147,7 +149,9 @@ def word_numbers(text: str) -> str:
 
 
 def value_of(m: re.Match) -> tuple[Fraction, bool] | None:
-    """Exact value of a NUMBER and whether it is in percent; None for x/0 and for powers beyond any answer."""
+    """Exact value of a NUMBER and whether it is in percent; None for x/0 and for numbers beyond any answer."""
+    if len(m[0]) > 400:
+        return None
     exponents = [int(m[k] or 0) for k in ("e", "power", "ten")]
     if max(map(abs, exponents)) > 400:
         return None
@@ -186,7 +190,8 @@ def whole_number(text: str) -> re.Match | None:
         return None
     plain = re.sub(r"^\((.*)\)$", r"\1", plain.strip(" .")).strip()
     m = NUMBER.match(plain)
-    unit = m and re.fullmatch(r"|[ckmn]m|[km]g|m[lLs]|k?Hz|eV|kJ|mol|\s+(?:[A-Za-zµΩ]{2,}[A-Za-zµΩ /.*-]*|[mgslhVNJWKCAF])", plain[m.end():])
+    unit = m and re.fullmatch(r"|[ckmn]m|[km]g|m[lLs]|k?Hz|eV|kJ|mol|\s+(?:[A-Za-zµΩ]{2,}[A-Za-zµΩ /.*-]*|[mgslhVNJWKCAF])",
+                              plain[m.end():])
     return m if unit and value_of(m) else None
 
 
@@ -241,7 +246,7 @@ def _tokens(text: str) -> list[str]:
     found = re.findall(r"(?<!\S)-?\d+(?:\.\d+)?|\d+(?:\.\d+)?|[^\W\d_]+|[%<>=+~^|°]", text)
     kept = [t for k, t in enumerate(found)  # a last word is no article, nor is a capital A inside: "type A", "vitamin A"
             if k + 1 == len(found) or t not in ("a", "an", "the") and (k > 0 or t.lower() not in ("a", "an", "the"))]
-    return [str(Fraction(t)) if t[-1].isdecimal() else t.casefold() for t in kept]
+    return [str(Fraction(t)) if t[-1].isdecimal() and len(t) < 400 else t.casefold() for t in kept]
 
 
 def exact_text(response: str, gold: str) -> bool:
@@ -291,4 +296,5 @@ def score(response: str, gold: str, answer_type: str, options: list[str] | None 
     assert answer_type in ANSWER_TYPES, f"answer type {answer_type!r}: choose one of {', '.join(ANSWER_TYPES)}"
     if answer_type == "multiple-choice":
         return multiple_choice(response, gold, options)
-    return {"number": number, "boolean": boolean, "any": exact_text, "math-expressions": math_expression}[answer_type](response, gold)
+    scorers = {"number": number, "boolean": boolean, "any": exact_text, "math-expressions": math_expression}
+    return scorers[answer_type](response, gold)

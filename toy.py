@@ -22,7 +22,7 @@ import statistics
 import sys
 import textwrap
 from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -36,7 +36,7 @@ from common import UserError, parse, run
 ROWS = dict(pretrain=6000, pretrain_val=360, align=3000, mid=14000, instruct=16000, rl=2000)  # at scale 1
 HELD_OUT, HELD_OUT_GENERAL = 60, 40  # picture questions a discipline, text-only general questions; at scale 1
 VOCABULARY = 1024  # tokens, the special ones included
-MULTIPLE_CHOICE = 0.28  # share of the questions with four or more answers that get options: a fifth of all questions
+MULTIPLE_CHOICE = 0.35  # share of the questions with four or more answers that get options: a fifth of all questions
 
 
 @dataclass
@@ -99,7 +99,7 @@ def ask(template: str, text: str, answer, answers) -> Question:
 
 
 def multiple_choice(rng: random.Random, q: Question) -> Question:
-    """q with four options and the right one at a random letter, or q itself if it has fewer than four answers."""
+    """q with four options, the right one at a random letter; q itself if it has fewer than four answers."""
     if len(q.answers) < 4:
         return q
     options, place = rng.sample([a for a in q.answers if a != q.answer], 3), rng.randrange(4)
@@ -112,7 +112,7 @@ def is_held_out(content: bytes) -> bool:
 
 
 def draw(make, rng: random.Random, discipline: str, held_out: bool):
-    """The first thing (scene, question or document) that make(rng, discipline) gives on the wanted side of the split."""
+    """The first scene, question or document of make(rng, discipline) that is on the wanted side of the split."""
     while True:
         item = make(rng, discipline)
         if is_held_out(item.encode() if isinstance(item, str) else item.content) == held_out:
@@ -168,7 +168,7 @@ def render(size: tuple[int, int], background: str, shapes: list, move: tuple[flo
 # name: number of corners, outline as (angle in degrees, distance from the middle)
 OUTLINES = {"circle": (0, [(angle, 1) for angle in range(0, 360, 10)]), "triangle": (3, [(-90, 1), (30, 1), (150, 1)]),
             "square": (4, [(45, 1), (135, 1), (225, 1), (315, 1)]),
-            "cross": (12, [(a + turn, far) for a in range(0, 360, 90) for turn, far in ((-18, 1), (18, 1), (45, 0.44))])}
+            "cross": (12, [(a + b, far) for a in (0, 90, 180, 270) for b, far in ((-18, 1), (18, 1), (45, 0.44))])}
 
 
 def mathematics(rng):
@@ -206,9 +206,9 @@ def physics(rng):
     shapes += [line([hinge, (12, 30)], "white", 4), line([hinge, (12, 30) if closed else (36, 40)], width=4)]
     shapes += [disc(*hinge, 3, "black"), disc(12, 30, 3, "black")]
     state, result = ("closed", "lights") if closed else ("open", "stays dark")
-    caption = (f"A series circuit with {cells} cell{'s' * (cells > 1)} and {resistors} resistor{'s' * (resistors > 1)}. The "
-               f"resistor colour is {colour}. The switch is {state}, so the lamp {result}. With 2 volts a cell the "
-               f"voltage is {2 * cells} volts.")
+    caption = (f"A series circuit with {cells} cell{'s' * (cells > 1)} and {resistors} resistor{'s' * (resistors > 1)}."
+               f" The resistor colour is {colour}. The switch is {state}, so the lamp {result}. With 2 volts a cell "
+               f"the voltage is {2 * cells} volts.")
     return "white", shapes, caption, [
         ("cells", "How many cells are in series?", cells, range(1, 4)),
         ("voltage", "Each cell gives 2 volts. What is the voltage of all cells?", 2 * cells, (2, 4, 6)),
@@ -235,8 +235,8 @@ def chemistry(rng):
     shapes.append(disc(x, y, 12, ATOMS[middle]))
     shapes += [disc(*place, 9, ATOMS[other]) for place, other in zip(places, others)]
     hydrogens, atoms = others.count("hydrogen"), 1 + len(others)
-    caption = (f"A molecule of {name}. It has {atoms} atoms. Its number of hydrogen atoms is {hydrogens}. The atom in the "
-               f"middle is {middle}, drawn {ATOMS[middle]}.")
+    caption = (f"A molecule of {name}. It has {atoms} atoms. Its number of hydrogen atoms is {hydrogens}. The atom in "
+               f"the middle is {middle}, drawn {ATOMS[middle]}.")
     questions = [("name", "Which molecule is drawn?", name, MOLECULES),
                  ("hydrogens", "How many hydrogen atoms are in the molecule?", hydrogens, range(5))]
     if atoms != 3 or rng.random() < 0.5:  # two of the five molecules have three atoms: only half of them are asked
@@ -256,10 +256,11 @@ def biology(rng):
     else:
         shapes = [disc(42, 42, 36, "ivory", colour, 6)]
     places = [(x, 42 + dy) for dy in (-away, away) for x in (24, 60)]
-    shapes += [disc(x, 42, 5, "gray", "gray") for x in halves] + [disc(*p, 6, "brown", "brown", ry=4) for p in places[:n]]
-    kind, state, nuclei = ("animal", "plant")[plant], ("not dividing", "dividing")[dividing], ("1 nucleus", "2 nuclei")[dividing]
-    caption = (f"The picture shows one {kind} cell. It is {state} and has {nuclei}. The colour of its wall is {colour}. Its "
-               f"number of mitochondria is {n}.")
+    shapes += [disc(x, 42, 5, "gray", "gray") for x in halves]
+    shapes += [disc(*place, 6, "brown", "brown", ry=4) for place in places[:n]]
+    kind, state = ("animal", "plant")[plant], ("not dividing and has 1 nucleus", "dividing and has 2 nuclei")[dividing]
+    caption = (f"The picture shows one {kind} cell. It is {state}. The colour of its wall is {colour}. Its number of "
+               f"mitochondria is {n}.")
     return "white", shapes, caption, [
         ("kind", "Is it a plant cell or an animal cell?", kind, ("plant", "animal")),
         ("dividing", "Is the cell dividing?", YES_NO[dividing], YES_NO),
@@ -274,8 +275,8 @@ def medicine(rng):
         x, y = (62 if side == "left" else 22) + rng.uniform(-3, 3), (25 if part == "upper" else 61) + rng.uniform(-5, 5)
         shapes = [disc(22, 43, 17, "gray", "white", ry=36), disc(62, 43, 17, "gray", "white", ry=36),
                   box(39, 6, 45, 78, "silver", "silver"), disc(x, y, rng.uniform(6, 8), "yellow")]
-        caption = (f"A chest picture with a spot. The spot is in the {part} part of the {side} lung of the patient. The {side} "
-                   f"lung lies on the {'right' if side == 'left' else 'left'} of the picture.")
+        caption = (f"A chest picture with a spot. The spot is in the {part} part of the {side} lung of the patient. "
+                   f"The {side} lung lies on the {'right' if side == 'left' else 'left'} of the picture.")
         return "black", shapes, caption, [
             ("lung", "Which lung of the patient shows the spot?", side, ("left", "right")),
             ("part", "Is the spot in the upper part or the lower part of the lung?", part, ("upper", "lower")),
@@ -301,8 +302,8 @@ def earth_science(rng):
               for c, low, high in zip(colours, edges, edges[1:])]
     y = sum(edges[-2:] if young else edges[:2]) / 2 + tilt * (42 - x) / 39
     age = ("oldest", "youngest")[young]
-    caption = (f"A cliff with {n} layers of rock. From the lowest up the layers are {', '.join(colours)}. The oldest layer is "
-               f"{colours[0]}, the youngest layer is {colours[-1]}, and the fossil lies in the {age} layer.")
+    caption = (f"A cliff with {n} layers of rock. From the lowest up the layers are {', '.join(colours)}. The oldest "
+               f"layer is {colours[0]}, the youngest layer is {colours[-1]}, and the fossil lies in the {age} layer.")
     return "white", shapes + [disc(x, y, 7, "black"), disc(x, y, 2.5, "white")], caption, [
         ("layers", "How many layers of rock are there?", n, range(2, 5)),
         ("oldest", "What colour is the oldest layer?", colours[0], HUES),
@@ -317,7 +318,8 @@ def astronomy(rng):
         rng.shuffle(stars)
         shapes = [disc(x + rng.uniform(-3, 3), y + rng.uniform(-3, 3), rng.uniform(10, 13), star, star)
                   for star, (x, y) in zip(stars, [(21, 21), (63, 21), (21, 63), (63, 63)])]
-        caption = f"A sky with {n} star{'s' * (n > 1)}. Colours: {', '.join(stars)}. The hottest star is {heat[hottest]}."
+        caption = (f"A sky with {n} star{'s' * (n > 1)}. The colours are {', '.join(stars)}. "
+                   f"The hottest star is {heat[hottest]}.")
         return "black", shapes, caption, [
             ("stars", "How many stars are in the sky?", n, range(1, 5)),
             ("hottest", "What colour is the hottest star?", heat[hottest], heat)]
@@ -334,7 +336,8 @@ def astronomy(rng):
     if name == "full":
         return "black", shapes, "A full moon. All of its face is lit.", questions
     caption = f"A {name} moon. Its {('left', 'right')[waxing]} side is lit, so the moon is {course}."
-    return "black", shapes, caption, [*questions, ("course", "Is the moon waxing or waning?", course, ("waxing", "waning"))]
+    questions.append(("course", "Is the moon waxing or waning?", course, ("waxing", "waning")))
+    return "black", shapes, caption, questions
 
 
 def materials(rng):
@@ -344,7 +347,8 @@ def materials(rng):
         x, y, start, shapes = 42 + rng.uniform(-3, 3), 42 + rng.uniform(-3, 3), -90 + rng.uniform(-8, 8), []
         for i, colour in enumerate(colours):
             angle = 360 * (2.2 if i == largest else 1) / (n + 1.2)
-            shapes.append(polygon([(x, y), *ring(x, y, 37, [start + angle * k / 12 for k in range(13)])], colour, width=2))
+            arc = ring(x, y, 37, [start + angle * k / 12 for k in range(13)])
+            shapes.append(polygon([(x, y), *arc], colour, width=2))
             start += angle
         caption = (f"A polished metal with {n} grains. The grains are {', '.join(colours)}. "
                    f"The largest grain is {colours[largest]}.")
@@ -360,7 +364,8 @@ def materials(rng):
         odd = disc(x, y, 10, ("white", "black")[impure], width=2)  # a ring marks the empty place
         shapes.append(odd if (row, column) == place else disc(x, y, 10, colour, colour))
     lattice, defect = ("square", "hexagonal")[hexagonal], ("vacancy", "impurity")[impure]
-    caption = f"A {lattice} lattice of atoms. The colour of the atoms is {colour}. In the {corner} part there is one {defect}."
+    caption = (f"A {lattice} lattice of atoms. The colour of the atoms is {colour}. In the {corner} part there is one "
+               f"{defect}.")
     return "white", shapes, caption, [
         ("lattice", "Is the lattice square or hexagonal?", lattice, ("square", "hexagonal")),
         ("defect", "Is the defect a vacancy or an impurity?", defect, ("vacancy", "impurity")),
@@ -368,104 +373,98 @@ def materials(rng):
         ("colour", "What colour are the atoms?", colour, HUES)]
 
 
-SCENES = {"mathematics": mathematics, "physics": physics, "chemistry": chemistry, "biology": biology, "medicine": medicine,
-          "earth science": earth_science, "astronomy": astronomy, "materials": materials}
+SCENES = {"mathematics": mathematics, "physics": physics, "chemistry": chemistry, "biology": biology,
+          "medicine": medicine, "earth science": earth_science, "astronomy": astronomy, "materials": materials}
 DISCIPLINES = list(SCENES)
 
 
 def make_scene(rng: random.Random, discipline: str) -> Scene:
-    """A scene whose square lies at one end of a picture of 84x84, 112x84 or 84x112 pixels (all multiples of 28)."""
+    """A scene in a picture of 84x84 pixels or, one time in four, at one end of a picture of 112x84 or 84x112."""
     background, shapes, caption, questions = SCENES[discipline](rng)
-    size = rng.choice([(SIDE, SIDE), (SIDE, SIDE), (SIDE + 28, SIDE), (SIDE, SIDE + 28)])
+    size = rng.choice([(SIDE, SIDE)] * 6 + [(SIDE + 28, SIDE), (SIDE, SIDE + 28)])
     move = [rng.choice((0, n - SIDE)) + rng.uniform(-1, 1) for n in size]
     return Scene(discipline, render(size, background, shapes, move), caption,
                  [ask(f"{discipline}.{attribute}", *rest) for attribute, *rest in questions])
 
 
 # ---- text: facts, problems with computed answers, documents
-# discipline: (statement, question, "subject: value" pairs); {0} is the subject and {1} the value
+# discipline: (statement, "subject: value" pairs); {0} is the subject and {1} the value, which ends the statement
 FACTS = {
     "mathematics": [
-        ("The {0} has {1} sides.", "How many sides has the {0}?",
+        ("The number of sides of the {0} is {1}.",
          "triangle: 3, square: 4, pentagon: 5, hexagon: 6, octagon: 8, decagon: 10, dodecagon: 12"),
-        ("The square of {0} is {1}.", "What is the square of {0}?",
-         "2: 4, 3: 9, 4: 16, 5: 25, 6: 36, 7: 49, 8: 64, 9: 81, 11: 121, 12: 144"),
-        ("The prime number after {0} is {1}.", "Which prime number comes after {0}?",
-         "2: 3, 3: 5, 5: 7, 7: 11, 11: 13, 13: 17, 17: 19, 19: 23, 23: 29")],
+        ("The square of {0} is {1}.", "2: 4, 3: 9, 4: 16, 5: 25, 6: 36, 7: 49, 8: 64, 9: 81, 11: 121, 12: 144"),
+        ("The prime number after {0} is {1}.", "2: 3, 3: 5, 5: 7, 7: 11, 11: 13, 13: 17, 17: 19, 19: 23, 23: 29")],
     "physics": [
-        ("The unit of {0} is the {1}.", "What is the unit of {0}?", "force: newton, energy: joule, power: watt, "
-         "current: ampere, voltage: volt, resistance: ohm, frequency: hertz, pressure: pascal, charge: coulomb"),
-        ("A {0} measures {1}.", "What does a {0} measure?", "thermometer: temperature, galvanometer: current, "
-         "voltmeter: voltage, barometer: air pressure, speedometer: speed, balance: mass"),
-        ("The charge of the {0} is {1}.", "What is the charge of the {0}?",
-         "proton: positive, electron: negative, neutron: zero, positron: positive")],
+        ("The unit of {0} is the {1}.", "force: newton, energy: joule, power: watt, current: ampere, voltage: volt, "
+         "resistance: ohm, frequency: hertz, pressure: pascal, charge: coulomb"),
+        ("A {0} measures {1}.", "thermometer: temperature, galvanometer: current, voltmeter: voltage, "
+         "barometer: air pressure, speedometer: speed, balance: mass"),
+        ("The charge of the {0} is {1}.", "proton: positive, electron: negative, neutron: zero, positron: positive")],
     "chemistry": [
-        ("The symbol of {0} is {1}.", "What is the symbol of {0}?", "hydrogen: H, carbon: C, nitrogen: N, oxygen: O, "
-         "sodium: Na, chlorine: Cl, potassium: K, iron: Fe, copper: Cu, silver: Ag, gold: Au, lead: Pb"),
-        ("The atomic number of {0} is {1}.", "What is the atomic number of {0}?", "hydrogen: 1, helium: 2, carbon: 6, "
-         "nitrogen: 7, oxygen: 8, sodium: 11, chlorine: 17, iron: 26, copper: 29, gold: 79"),
-        ("The formula of {0} is {1}.", "What is the formula of {0}?", "water: H2O, carbon dioxide: CO2, methane: CH4, "
-         "ammonia: NH3, hydrogen chloride: HCl, table salt: NaCl, quicklime: CaO"),
-        ("In a drawn molecule {0} atoms are {1}.", "What colour are {0} atoms in a drawn molecule?",
-         ", ".join(f"{atom}: {colour}" for atom, colour in ATOMS.items()))],
+        ("The symbol of {0} is {1}.", "hydrogen: H, carbon: C, nitrogen: N, oxygen: O, sodium: Na, chlorine: Cl, "
+         "potassium: K, iron: Fe, copper: Cu, silver: Ag, gold: Au, lead: Pb"),
+        ("The atomic number of {0} is {1}.", "hydrogen: 1, helium: 2, carbon: 6, nitrogen: 7, oxygen: 8, sodium: 11, "
+         "chlorine: 17, iron: 26, copper: 29, gold: 79"),
+        ("The formula of {0} is {1}.", "water: H2O, carbon dioxide: CO2, methane: CH4, ammonia: NH3, "
+         "hydrogen chloride: HCl, table salt: NaCl, quicklime: CaO"),
+        ("In a drawn molecule {0} is {1}.", ", ".join(f"{atom}: {colour}" for atom, colour in ATOMS.items()))],
     "biology": [
-        ("The {0} of a cell {1}.", "What does the {0} of a cell do?", "nucleus: stores the genes, mitochondrion: releases "
-         "energy, ribosome: makes proteins, chloroplast: captures light, membrane: controls what enters"),
-        ("The {0} belongs to the {1}.", "To which group does the {0} belong?", "frog: amphibians, snake: reptiles, "
-         "salmon: fish, eagle: birds, bat: mammals, whale: mammals, spider: arachnids, ant: insects, mushroom: fungi"),
-        ("A body cell of the {0} has {1} chromosomes.", "How many chromosomes has a body cell of the {0}?",
+        ("In a cell the {0} {1}.", "nucleus: stores the genes, mitochondrion: releases energy, "
+         "ribosome: makes proteins, chloroplast: captures light, membrane: controls what enters"),
+        ("The {0} belongs to the {1}.", "frog: amphibians, snake: reptiles, salmon: fish, eagle: birds, bat: mammals, "
+         "whale: mammals, spider: arachnids, ant: insects, mushroom: fungi"),
+        ("The number of chromosomes in a body cell of the {0} is {1}.",
          "human: 46, dog: 78, cat: 38, mouse: 40, pea: 14, maize: 20, onion: 16")],
     "medicine": [
-        ("A lack of {0} can cause {1}.", "What can a lack of {0} cause?", "vitamin C: scurvy, vitamin D: rickets, "
-         "iron: anaemia, iodine: goitre, vitamin A: night blindness, vitamin B1: beriberi"),
-        ("The {0} treats the {1}.", "What does the {0} treat?", "cardiologist: heart, dermatologist: skin, "
-         "nephrologist: kidneys, hepatologist: liver, pulmonologist: lungs, ophthalmologist: eyes, dentist: teeth"),
-        ("The disease {0} is an inflammation of the {1}.", "Of what is {0} an inflammation?", "hepatitis: liver, "
-         "nephritis: kidney, gastritis: stomach, dermatitis: skin, arthritis: joints, pneumonia: lung"),
-        ("On a chest picture the {0} lung lies on the {1} of the picture.",
-         "On which side of a chest picture lies the {0} lung?", "left: right, right: left")],
+        ("A lack of {0} can cause {1}.", "vitamin C: scurvy, vitamin D: rickets, iron: anaemia, iodine: goitre, "
+         "vitamin A: night blindness, vitamin B1: beriberi"),
+        ("A {0} treats the {1}.", "cardiologist: heart, dermatologist: skin, nephrologist: kidneys, "
+         "hepatologist: liver, pulmonologist: lungs, neurologist: nerves, dentist: teeth"),
+        ("The disease {0} is an inflammation of the {1}.", "hepatitis: liver, nephritis: kidney, gastritis: stomach, "
+         "dermatitis: skin, arthritis: joints, pneumonia: lung"),
+        ("On a chest picture the {0} lung lies on the {1}.", "left: right, right: left")],
     "earth science": [
-        ("On the Mohs scale {0} has hardness {1}.", "Which hardness has {0} on the Mohs scale?", "talc: 1, gypsum: 2, "
-         "calcite: 3, fluorite: 4, apatite: 5, orthoclase: 6, quartz: 7, topaz: 8, corundum: 9, diamond: 10"),
-        ("The rock {0} is {1}.", "Which kind of rock is {0}?", "granite: igneous, basalt: igneous, obsidian: igneous, "
-         "sandstone: sedimentary, limestone: sedimentary, shale: sedimentary, slate: metamorphic, gneiss: metamorphic"),
-        ("Heat and pressure turn {0} into {1}.", "What do heat and pressure turn {0} into?",
-         "limestone: marble, shale: slate, sandstone: quartzite, peat: coal"),
-        ("In a cliff the {0} layer is the {1}.", "Which layer of a cliff is the {0}?", "oldest: lowest, youngest: highest")],
+        ("On the Mohs scale the hardness of {0} is {1}.", "talc: 1, gypsum: 2, calcite: 3, fluorite: 4, apatite: 5, "
+         "orthoclase: 6, quartz: 7, topaz: 8, corundum: 9, diamond: 10"),
+        ("The rock {0} is {1}.", "granite: igneous, basalt: igneous, obsidian: igneous, sandstone: sedimentary, "
+         "limestone: sedimentary, shale: sedimentary, slate: metamorphic, gneiss: metamorphic"),
+        ("Heat and pressure turn {0} into {1}.", "limestone: marble, shale: slate, sandstone: quartzite, peat: coal"),
+        ("In a cliff the {0} layer is the {1}.", "oldest: lowest, youngest: highest")],
     "astronomy": [
-        ("Counted from the Sun {0} is planet number {1}.", "Which number has {0} counted from the Sun?", "Mercury: 1, "
-         "Venus: 2, Earth: 3, Mars: 4, Jupiter: 5, Saturn: 6, Uranus: 7, Neptune: 8"),
-        ("The moon {0} circles {1}.", "Which planet does the moon {0} circle?", "Io: Jupiter, Europa: Jupiter, "
-         "Titan: Saturn, Enceladus: Saturn, Phobos: Mars, Triton: Neptune, Titania: Uranus"),
-        ("The star {0} is {1}.", "What colour is the star {0}?",
-         "Betelgeuse: red, Antares: red, Aldebaran: orange, Capella: yellow, Vega: white, Rigel: blue, Spica: blue"),
-        ("The star {0} lies in {1}.", "In which constellation lies the star {0}?", "Betelgeuse: Orion, Rigel: Orion, "
-         "Antares: Scorpius, Aldebaran: Taurus, Vega: Lyra, Spica: Virgo, Deneb: Cygnus")],
+        ("Counted from the Sun {0} is planet number {1}.",
+         "Mercury: 1, Venus: 2, Earth: 3, Mars: 4, Jupiter: 5, Saturn: 6, Uranus: 7, Neptune: 8"),
+        ("The moon {0} circles {1}.", "Io: Jupiter, Europa: Jupiter, Titan: Saturn, Enceladus: Saturn, Phobos: Mars, "
+         "Triton: Neptune, Titania: Uranus"),
+        ("The colour of the star {0} is {1}.", "Betelgeuse: red, Antares: red, Aldebaran: orange, Capella: yellow, "
+         "Vega: white, Rigel: blue, Spica: blue"),
+        ("The star {0} lies in {1}.", "Betelgeuse: Orion, Rigel: Orion, Antares: Scorpius, Aldebaran: Taurus, "
+         "Vega: Lyra, Spica: Virgo, Deneb: Cygnus")],
     "materials": [
-        ("The lattice of {0} is {1}.", "Which lattice has {0}?", "copper: face-centred, gold: face-centred, aluminium: "
-         "face-centred, iron: body-centred, tungsten: body-centred, zinc: hexagonal, magnesium: hexagonal"),
-        ("The melting point of {0} is {1} degrees.", "What is the melting point of {0} in degrees?", "zinc: 420, "
-         "magnesium: 650, aluminium: 660, gold: 1064, copper: 1085, iron: 1538, titanium: 1668, tungsten: 3422"),
-        ("The alloy {0} is made of {1}.", "What is {0} made of?", "bronze: copper and tin, brass: copper and zinc, "
-         "steel: iron and carbon, cupronickel: copper and nickel, amalgam: mercury and silver")],
+        ("The lattice of {0} is {1}.", "copper: face-centred, gold: face-centred, aluminium: face-centred, "
+         "iron: body-centred, tungsten: body-centred, zinc: hexagonal, magnesium: hexagonal"),
+        ("In degrees Celsius the melting point of {0} is {1}.", "zinc: 420, magnesium: 650, aluminium: 660, "
+         "gold: 1064, copper: 1085, iron: 1538, titanium: 1668, tungsten: 3422"),
+        ("The alloy {0} is made of {1}.", "bronze: copper and tin, brass: copper and zinc, steel: iron and carbon, "
+         "cupronickel: copper and nickel, amalgam: mercury and silver")],
     "general": [
-        ("After {0} comes {1}.", "What comes after {0}?", "Monday: Tuesday, Tuesday: Wednesday, Wednesday: Thursday, "
-         "Thursday: Friday, Friday: Saturday, Saturday: Sunday, Sunday: Monday"),
-        ("The young of a {0} is a {1}.", "What is the young of a {0}?",
-         "cat: kitten, dog: puppy, cow: calf, sheep: lamb, horse: foal, goose: gosling"),
-        ("The {0} has {1} legs.", "How many legs has the {0}?",
-         "hen: 2, goose: 2, cat: 4, dog: 4, ant: 6, bee: 6, spider: 8, scorpion: 8"),
-        ("The opposite of {0} is {1}.", "What is the opposite of {0}?",
-         "hot: cold, big: small, old: new, early: late, full: empty, wet: dry, fast: slow, light: heavy")],
+        ("The day after {0} is {1}.", "Monday: Tuesday, Tuesday: Wednesday, Wednesday: Thursday, Thursday: Friday, "
+         "Friday: Saturday, Saturday: Sunday, Sunday: Monday"),
+        ("The number of legs of a {0} is {1}.",
+         "hen: 2, goose: 2, cat: 4, dog: 4, bee: 6, beetle: 6, spider: 8, scorpion: 8"),
+        ("A {0} belongs to the {1}.", "hen: birds, goose: birds, cat: mammals, dog: mammals, bee: insects, "
+         "beetle: insects, spider: arachnids, scorpion: arachnids"),
+        ("The young of a {0} is a {1}.", "cat: kitten, dog: puppy, cow: calf, sheep: lamb, horse: foal, hen: chick"),
+        ("The opposite of {0} is {1}.", "hot: cold, big: small, old: new, early: late, full: empty, fast: slow")],
 }
 # discipline: question about a and b, both from 2 to 6; its answer
 PROBLEMS = {
     "mathematics": ("A rectangle is {a} units long and {b} units wide. What is its area?", lambda a, b: a * b),
     "physics": ("A current of {a} amperes flows through {b} ohms. What is the voltage in volts?", lambda a, b: a * b),
-    "chemistry": ("A bottle holds {a} molecules of ammonia and {b} molecules of hydrogen chloride. How many hydrogen atoms "
-                  "are that?", lambda a, b: 3 * a + b),
-    "biology": ("A dish holds {a} cells. Every cell divides once and then {b} cells are added. How many cells are there?",
-                lambda a, b: 2 * a + b),
+    "chemistry": ("A bottle holds {a} molecules of ammonia and {b} molecules of hydrogen chloride. How many hydrogen "
+                  "atoms are that?", lambda a, b: 3 * a + b),
+    "biology": ("A dish holds {a} cells. Every cell divides once and then {b} cells are added. How many cells are "
+                "there?", lambda a, b: 2 * a + b),
     "medicine": ("A patient takes {a} tablets a day for {b} days. How many tablets are that?", lambda a, b: a * b),
     "earth science": ("A plate drifts {a} centimetres a year. How far does it drift in {b} years?", lambda a, b: a * b),
     "astronomy": ("A planet needs {a} years for one orbit. How many years do {b} orbits take?", lambda a, b: a * b),
@@ -473,53 +472,62 @@ PROBLEMS = {
                   lambda a, b: a * b - 1),
 }
 NAMES = ["Anna", "Ben", "Cara", "David", "Emma", "Felix", "Grace", "Henry"]
-DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 
 
 def pairs(table: str) -> list[list[str]]:
     return [pair.split(": ") for pair in table.split(", ")]
 
 
+DAYS, LEGS, KINDS = (dict(pairs(table)) for _, table in FACTS["general"][:3])
+
+
 def general_question(rng: random.Random, discipline: str = "general") -> Question:
     """A question on everyday things whose names vary, so that one in ten can be held out."""
-    legs = dict(pairs(FACTS["general"][2][2]))
-    name, other = rng.sample(NAMES, 2)
-    day, animal, thing, total = rng.randrange(7), rng.choice(list(legs)), rng.choice(["apples", "pens", "books"]), rng.randint(2, 9)
-    part = rng.randint(1, total - 1)
-    return rng.choice([
-        ask("general.day", f"{name} and {other} meet on {DAYS[day]}. The next day they see a {animal}. Which day is that?",
-            DAYS[(day + 1) % 7], DAYS),
-        ask("general.legs", f"On {DAYS[day]} {name} and {other} see a {animal}. How many legs has it?", legs[animal], (2, 4, 6, 8)),
-        ask("general.sum", f"{name} has {part} {thing} and gets {total - part} more from {other}. How many are that?", total,
-            range(2, 10)),
-        ask("general.child", f"{name} is the mother of {other}. On {DAYS[day]} they buy {thing}. Who is the child?", other, NAMES)])
+    (name, other), (today, tomorrow), total = rng.sample(NAMES, 2), rng.choice(list(DAYS.items())), rng.randint(4, 9)
+    part, animal, thing = rng.randint(2, total - 2), rng.choice(list(LEGS)), rng.choice(["apples", "pens", "books"])
+    return ask(*rng.choice([
+        ("general.day", f"{name} and {other} meet on {today}. They see a {animal} one day later. Which day is that?",
+         tomorrow, DAYS),
+        ("general.legs", f"On {today} {name} and {other} see a {animal}. How many legs has it?",
+         LEGS[animal], (2, 4, 6, 8)),
+        ("general.sum", f"{name} has {part} {thing} and gets {total - part} from {other}. How many {thing} are that?",
+         total, range(4, 10)),
+        ("general.kind", f"{name} and {other} look for a {animal} on {today}. To which kind of animal does it belong?",
+         KINDS[animal], sorted(set(KINDS.values())))]))
 
 
 def text_question(rng: random.Random, discipline: str) -> Question:
     """A question that needs no picture: a fact of the discipline, or a problem with a computed answer."""
     if rng.random() < 0.5:
-        _, text, table = rng.choice(FACTS[discipline])
+        statement, table = rng.choice(FACTS[discipline])
         subject, value = rng.choice(pairs(table))
-        return ask(f"{discipline}.fact", text.format(subject), value, sorted({v for _, v in pairs(table)}))
+        text = statement.format(subject, "").rstrip(" .")
+        return ask(f"{discipline}.fact", f"Complete: {text} ...", value, sorted({v for _, v in pairs(table)}))
     if discipline == "general":
         return general_question(rng)
     text, solve = PROBLEMS[discipline]
-    a, b, numbers = rng.randint(2, 6), rng.randint(2, 6), range(2, 7)
-    return ask(f"{discipline}.problem", text.format(a=a, b=b), solve(a, b), sorted({solve(i, j) for i in numbers for j in numbers}))
+    results = {(a, b): solve(a, b) for a in range(2, 7) for b in range(2, 7)}
+    (a, b), answer = rng.choice(list(results.items()))
+    return ask(f"{discipline}.problem", text.format(a=a, b=b), answer, sorted(set(results.values())))
+
+
+def solved(rng: random.Random, q: Question) -> str:
+    q = multiple_choice(rng, q) if rng.random() < 0.5 else q
+    return f"Question: {q.prompt}\nAnswer: {q.answer}"
 
 
 def text_document(rng: random.Random, discipline: str) -> str:
-    """30 to 120 words of facts, solved questions and a described scene. It repeats no held-out question."""
-    parts, scene = [], None if discipline == "general" else make_scene(rng, discipline)
-    for _ in range(rng.randint(3, 5)):
-        statement, _, table = rng.choice(FACTS[discipline])
-        parts.append(statement.format(*rng.choice(pairs(table))))
-    questions = [draw(text_question, rng, discipline, False) for _ in range(2)]
-    if scene:
-        parts.append(f"In a picture: {scene.caption} Question: {(q := rng.choice(scene.questions)).text} Answer: {q.answer}.")
-    parts += [f"Question: {q.text} Answer: {q.answer}." for q in questions]
+    """25 to 150 words of facts, solved questions and described scenes; no text question in it is a held-out one."""
+    facts = [rng.choice(FACTS[discipline]) for _ in range(rng.randint(3, 5))]
+    parts = list(dict.fromkeys(statement.format(*rng.choice(pairs(table))) for statement, table in facts))
+    parts.append(solved(rng, draw(text_question, rng, discipline, False)))
+    if discipline == "general":
+        parts.append(solved(rng, draw(general_question, rng, discipline, False)))
+    elif rng.random() < 0.5:
+        scene = make_scene(rng, discipline)
+        parts.append(f"Picture: {scene.caption}\n{solved(rng, rng.choice(scene.questions))}")
     rng.shuffle(parts)
-    return f"Notes on {discipline}. " + " ".join(parts)
+    return "\n".join([f"Notes on {discipline}.", *parts])
 
 
 # ---- files
@@ -585,10 +593,15 @@ def rl_row(rng, i: int) -> dict:
 
 def held_out_rows(rng, discipline: str, n: int, folder: Path) -> list[dict]:
     """n held-out questions, templates and then answers in turn, each about a picture of its own."""
-    general, cells = discipline == "general", defaultdict(lambda: defaultdict(list))  # template -> answer -> candidates
+    pool, cells = {}, defaultdict(lambda: defaultdict(list))  # cells: template -> answer -> candidates
     for _ in range(120 + 4 * n):
-        scene = None if general else draw(make_scene, rng, discipline, True)
-        q = draw(general_question, rng, discipline, True) if general else rng.choice(scene.questions)
+        if discipline == "general":
+            q = draw(general_question, rng, discipline, True)
+            pool[q.content] = None, q
+        else:
+            scene = draw(make_scene, rng, discipline, True)
+            pool[scene.content] = scene, rng.choice(scene.questions)
+    for scene, q in pool.values():
         cells[q.template][q.answer].append((scene, q))
     rows = []
     for i in range(n):
@@ -599,23 +612,24 @@ def held_out_rows(rng, discipline: str, n: int, folder: Path) -> list[dict]:
         name = f"{discipline.replace(' ', '_')}_{i:04d}"
         if scene:
             (folder / "images" / f"{name}.png").write_bytes(png(scene.image, name)["bytes"])
-        rows.append({"id": name, "question": q.text, "options": q.options, "answer": q.answer, "answer_type": q.answer_type,
-                     "discipline": discipline, "template": q.template, "image": scene and f"images/{name}.png",
-                     "chance": q.chance})
+        rows.append({"id": name, "question": q.text, "options": q.options, "answer": q.answer,
+                     "answer_type": q.answer_type, "discipline": discipline, "template": q.template,
+                     "image": scene and f"images/{name}.png", "chance": q.chance})
     return rows
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
     """Byte-level BPE with the text splitting and the special tokens of Qwen2, the latter at the end."""
-    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    words = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+             r"|\s+(?!\S)|\s+")
     special = ("endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "
                "vision_start vision_end vision_pad image_pad video_pad").split()
-    byte_level = dict(add_prefix_space=False, use_regex=False)
-    tokenizer = Tokenizer(models.BPE())
+    byte_level = dict(add_prefix_space=False, trim_offsets=False, use_regex=False)
+    tokenizer = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix=""))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(**byte_level)])
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False, **byte_level)
+    tokenizer.post_processor = processors.ByteLevel(**byte_level)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=VOCABULARY - len(special), show_progress=False,
                                                              initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
@@ -641,7 +655,7 @@ def write_world(work: Path, seed: int, scale: float) -> dict:
 
     def rows(part, make, *args):
         rng = random.Random(f"{seed} {part}")
-        return [make(rng, i, *args) for i in tqdm(range(n[part]), f"{part:12s}")]
+        return [make(rng, i, *args) for i in tqdm(range(n[part]), f"{part:12s}", mininterval=1)]
 
     documents = rows("pretrain", text_row, False)
     write_lines(work / "pretrain/text.jsonl", documents)
@@ -661,6 +675,7 @@ def write_world(work: Path, seed: int, scale: float) -> dict:
 
     texts = [row["text"] for row in documents] + [row["caption"] for row in mid]
     texts += [turn["value"] for row in instruct for turn in row["conversations"]]
+    texts += ["system\nYou are a helpful assistant.", "user\n"] * len(instruct)  # of the chat template
     train_tokenizer(texts).save(str(work / "tokenizer/tokenizer.json"))
     write_json(work / "tokenizer/tokenizer_config.json", dict(
         tokenizer_class="Qwen2Tokenizer", eos_token="<|im_end|>", pad_token="<|endoftext|>", add_prefix_space=False))

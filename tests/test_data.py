@@ -157,14 +157,14 @@ BROKEN = {  # file -> row -> reason
 @pytest.mark.parametrize("file", BROKEN)
 def test_every_broken_file_gives_its_reason(file):
     source = Source([str(FORMATS / "broken" / file)], str(SHARED / "data" / "qwen_tokenizer"), Limits(), 8192)
-    items, bad, _ = data.survey(source, 0, decode=True)
-    found = {b["row"]: b["reason"] for b in bad}
+    survey = data.survey(source, 0, decode=True)
+    found = {b["row"]: b["reason"] for b in survey.bad}
     assert set(found) == set(BROKEN[file])
     for row, reason in BROKEN[file].items():
         assert reason in found[row], (row, found[row])
     good = {"llava_bad_rows.json": 2, "SFT_bad_rows.parquet": 2, "bad_lines.jsonl": 4, "image_count_mismatch.tar": 1,
             "json_without_images.tar": 2, "undecodable_image.tar": 2, "truncated.tar": 4, "truncated.parquet": 0}[file]
-    assert len({i for i, *_ in items.tolist()}) == good
+    assert len(set(survey.items[:, 0])) == good
 
 
 def loader(paths, tok, **options):

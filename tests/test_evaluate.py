@@ -24,54 +24,73 @@ import rewards
 from data import Tokenizer
 from model import PRESETS, Innovator
 
-# ---- rewards ----------------------------------------------------------------------------------------------------------
+# ---- rewards --------------------------------------------------------------------------------------------------------
 EXTRACTED = [
     ("<think>2 or 3", None), ("<think>a</think>7", "7"), ("thought that the prompt opened</think>7", "7"),
-    ("<think>a</think><answer>7</answer><think>more", None), ("<think>only this</think>", None), ("", None), ("  ", None),
-    ("<answer>6</answer> no, <answer> 7 </answer>", "7"), ("<answer><answer>7</answer>", "7"), ("<answer></answer>", None),
-    ("\\boxed{6}, then \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("\\boxed{7} and \\boxed{8", "7"), ("\\boxed{\\{1\\}}", "\\{1\\}"),
-    ("\\boxed{6} <answer>7</answer>", "7"), ("<answer>\\boxed{7}</answer>", "7"), ("so 3\n#### 7\n", "7"), ("\\boxed{7}\n#### 8", "7"),
-    ("The answer is (B).", "(B)"), ("**Answer:** B", "B"), ("Final answer: 3.5. Done", "3.5"), ("The answer is 4 because 2 + 2", "4"),
-    ("The answer is not\nclear", "not"), ("red", "red"), ("several\nlines", None), ("x" * 301, None)]
+    ("<think>a</think><answer>7</answer><think>more", None), ("<think>only this</think>", None), ("", None),
+    ("  ", None), ("<answer>6</answer> no, <answer> 7 </answer>", "7"), ("<answer><answer>7</answer>", "7"),
+    ("<answer></answer>", None), ("\\boxed{6}, then \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+    ("\\boxed{7} and \\boxed{8", "7"), ("\\boxed{\\{1\\}}", "\\{1\\}"), ("\\boxed{6} <answer>7</answer>", "7"),
+    ("<answer>\\boxed{7}</answer>", "7"), ("so 3\n#### 7\n", "7"), ("\\boxed{7}\n#### 8", "7"),
+    ("The answer is (B).", "(B)"), ("**Answer:** B", "B"), ("Final answer: 3.5. Done", "3.5"),
+    ("The answer is 4 because 2 + 2", "4"), ("The answer is not\nclear", "not"), ("red", "red"),
+    ("several\nlines", None), ("x" * 301, None)]
 SHAPES = ["circle", "triangle", "a cross", "square"]
 CHOICES = [  # response, gold, options, right?
-    ("B", "B", SHAPES, True), ("b", "B", SHAPES, True), ("(B)", "B", SHAPES, True), ("B.", "B", SHAPES, True), ("$\\text{B}$", "B", SHAPES, True),
-    ("B. triangle", "B", SHAPES, True), ("(B) triangle", "B", SHAPES, True), ("B: a triangle", "B", SHAPES, True), ("b) triangle", "B", SHAPES, True),
-    ("The answer is B", "B", SHAPES, True), ("the answer is: **(B)**.", "B", SHAPES, True), ("Option B", "B", SHAPES, True),
-    ("B is right", "B", SHAPES, True), ("B, which has three corners", "B", SHAPES, True), ("Triangle", "B", SHAPES, True),
-    ("the triangle.", "B", SHAPES, True), ("B", "triangle", SHAPES, True), ("triangle", "triangle", SHAPES, True), ("cross", "C", SHAPES, True),
-    ("It has three corners.\nB", "B", SHAPES, True), ("It has three corners.\nSo the answer is (B)", "B", SHAPES, True),
-    ("A triangle is drawn", "A", SHAPES, False), ("A", "B", SHAPES, False), ("a shape", "A", SHAPES, False), ("I am not sure", "A", None, False),
-    ("I think so", "I", None, False), ("what a day", "A", SHAPES, False), ("E", "E", SHAPES, False), ("T", "A", SHAPES, False),
-    ("B or C", "B", SHAPES, False), ("(B) or (C)", "B", SHAPES, False), ("The answer is not B", "B", SHAPES, False),
-    ("<think>B", "B", SHAPES, False), ("<answer></answer>B", "B", SHAPES, False), ("", "A", SHAPES, False),
-    ("A, C", "AC", None, True), ("C and A", "A, C", None, True), ("(A), (C)", "AC", None, True), ("AC", "AC", None, True),
-    ("A", "AC", None, False), ("A, B, and C", "AC", None, False), ("BAD", "ABD", None, True), ("A, C", "C", None, False),
-    ("C", "C", ["GDA", "ADG", "GAD"], True), ("ADG", "B", ["GDA", "ADG", "GAD"], True), ("E. C or D", "E", ["1", "2", "3", "4", "C or D"], True)]
+    ("B", "B", SHAPES, True), ("b", "B", SHAPES, True), ("(B)", "B", SHAPES, True), ("B.", "B", SHAPES, True),
+    ("$\\text{B}$", "B", SHAPES, True), ("B. triangle", "B", SHAPES, True), ("(B) triangle", "B", SHAPES, True),
+    ("B: a triangle", "B", SHAPES, True), ("b) triangle", "B", SHAPES, True), ("The answer is B", "B", SHAPES, True),
+    ("the answer is: **(B)**.", "B", SHAPES, True), ("Option B", "B", SHAPES, True),
+    ("B is right", "B", SHAPES, True), ("B, which has three corners", "B", SHAPES, True),
+    ("Triangle", "B", SHAPES, True), ("the triangle.", "B", SHAPES, True), ("B", "triangle", SHAPES, True),
+    ("triangle", "triangle", SHAPES, True), ("cross", "C", SHAPES, True),
+    ("It has three corners.\nB", "B", SHAPES, True),
+    ("It has three corners.\nSo the answer is (B)", "B", SHAPES, True), ("A triangle is drawn", "A", SHAPES, False),
+    ("A", "B", SHAPES, False), ("a shape", "A", SHAPES, False), ("I am not sure", "A", None, False),
+    ("I think so", "I", None, False), ("what a day", "A", SHAPES, False), ("E", "A", SHAPES, False),
+    ("T", "A", SHAPES, False), ("B or C", "B", SHAPES, False), ("(B) or (C)", "B", SHAPES, False),
+    ("The answer is not B", "B", SHAPES, False), ("<think>B", "B", SHAPES, False),
+    ("<answer></answer>B", "B", SHAPES, False), ("", "A", SHAPES, False), ("A, C", "AC", None, True),
+    ("C and A", "A, C", None, True), ("(A), (C)", "AC", None, True), ("AC", "AC", None, True),
+    ("A", "AC", None, False), ("A, B, and C", "AC", None, False), ("BAD", "ABD", None, True),
+    ("A, C", "C", None, False), ("The answers are A and C.", "AC", None, True), ("Apple", "A", None, False),
+    ("C", "C", ["GDA", "ADG", "GAD"], True), ("ADG", "B", ["GDA", "ADG", "GAD"], True),
+    ("E. C or D", "E", ["1", "2", "3", "4", "C or D"], True)]
 NUMBERS = [  # response, gold, right?
-    ("5", "5", True), ("5.0", "5", True), ("-5", "-5", True), ("−5", "-5", True), ("5", "-5", False), ("+5", "5", True), ("05", "5", True),
-    ("1,250", "1250", True), ("$1,250.50", "1250.5", True), ("1{,}250", "1250", True), ("1.2e3", "1200", True), ("1.2 \\times 10^{3}", "1200", True),
-    ("1.2×10⁻³", "0.0012", True), ("2^{10}", "1024", True), ("45%", "45", True), ("45%", "0.45", True), ("0.45", "45%", True), ("45", "4.5%", False),
-    ("3/4", "0.75", True), ("\\frac{3}{4}", "0.75", True), ("-\\dfrac{3}{4}", "-0.75", True), ("1 3/4", "1.75", True), ("1/0", "1", False),
-    ("5 apples", "5", True), ("12 m^2", "12", True), ("12 cm²", "12", True), ("about 60 km/h", "60", True), ("3 kg of H2O", "3", True),
-    ("three", "3", True), ("Twenty-one", "21", True), ("<answer>5 of the 12</answer>", "5", True), ("<answer>3 + 4 = 7</answer>", "7", True),
-    ("\\boxed{x = 7}", "7", True), ("3 boxes of 4 are 12", "12", True), ("She has 3.\nThen 9 * 2 = 18 dollars.", "18", True),
-    ("first 18\n#### 17", "18", False), ("<think>18", "18", False), ("<answer></answer> 18", "18", False), ("none", "5", False), ("", "5", False),
-    ("15", "5", False), ("5", "15", False), ("0.50", "5", False), ("5\\pi", "5", False), ("15π", "5", False), ("x2", "2", False),
-    ("1000001", "1000000", False), ("0.3333333", "1/3", True), ("0.33", "1/3", False), ("9" * 30, "9" * 29 + "8", False), ("9^999999999", "9", False)]
+    ("5", "5", True), ("5.0", "5", True), ("-5", "-5", True), ("−5", "-5", True), ("5", "-5", False),
+    ("+5", "5", True), ("05", "5", True), ("1,250", "1250", True), ("$1,250.50", "1250.5", True),
+    ("1{,}250", "1250", True), ("1.2e3", "1200", True), ("1.2 \\times 10^{3}", "1200", True),
+    ("1.2×10⁻³", "0.0012", True), ("2^{10}", "1024", True), ("45%", "45", True), ("45%", "0.45", True),
+    ("0.45", "45%", True), ("45", "4.5%", False), ("3/4", "0.75", True), ("\\frac{3}{4}", "0.75", True),
+    ("-\\dfrac{3}{4}", "-0.75", True), ("1 3/4", "1.75", True), ("1/0", "1", False), ("5 apples", "5", True),
+    ("12 m^2", "12", True), ("12 cm²", "12", True), ("about 60 km/h", "60", True), ("3 kg of H2O", "3", True),
+    ("three", "3", True), ("Twenty-one", "21", True), ("<answer>5 of the 12</answer>", "5", True),
+    ("<answer>3 + 4 = 7</answer>", "7", True), ("\\boxed{x = 7}", "7", True), ("3 boxes of 4 are 12", "12", True),
+    ("She has 3.\nThen 9 * 2 = 18 dollars.", "18", True), ("first 18\n#### 17", "18", False),
+    ("<think>18", "18", False), ("<answer></answer> 18", "18", False), ("none", "5", False), ("", "5", False),
+    ("15", "5", False), ("5", "15", False), ("0.50", "5", False), ("5\\pi", "5", False), ("15π", "5", False),
+    ("x2", "2", False), ("1000001", "1000000", False), ("0.3333333", "1/3", True), ("0.33", "1/3", False),
+    ("9" * 30, "9" * 29 + "8", False), ("9^999999999", "9", False), ("9" * 5000, "9", False),
+    ("1e" + "9" * 5000, "9", False)]
 OTHERS = [  # response, gold, type, right?
-    ("yes", "Yes", "boolean", True), ("Yes, it lights.", "yes", "boolean", True), ("The answer is True", "yes", "boolean", True),
-    ("no", "yes", "boolean", False), ("I know", "no", "boolean", False), ("I do not know", "no", "boolean", False), ("not true", "yes", "boolean", False),
-    ("It is true", "true", "boolean", True), ("yesterday", "yes", "boolean", False), ("", "no", "boolean", False),
-    ("Red.", "red", "any", True), ("the red  one", "red one", "any", True), ("carbon-dioxide", "carbon dioxide", "any", True),
-    ("two dogs", "2 dogs", "any", True), ("reddish", "red", "any", False), ("-3", "3", "any", False), ("3.5", "35", "any", False),
-    ("3.0", "3", "any", True), ("vitamin", "vitamin A", "any", False), ("", "A", "any", False), ("the", "A", "any", False), ("> 5", "< 5", "any", False),
-    ("CC(=O)O", "CC(=O)O", "any", True), ("CC=OO", "CC(=O)O", "any", False), ("c1ccccc1", "C1CCCCC1", "any", False),
-    ("12", "12", "math-expressions", True), ("\\frac12", "\\frac{1}{2}", "math-expressions", True), ("0.5", "$\\frac{1}{2}$", "math-expressions", True),
-    ("$90^\\circ$", "90", "math-expressions", True), ("x=5", "5", "math-expressions", True), ("(3, -4)", "$(3,-4)$", "math-expressions", True),
-    ("5+\\sqrt{19}", "$5 + \\sqrt{19}$", "math-expressions", True), ("\\text{Evelyn}", "Evelyn", "math-expressions", True),
-    ("So we get\nin total 12 cm", "12", "math-expressions", True), ("<answer>2n</answer>", "2", "math-expressions", False),
-    ("2", "$2n$", "math-expressions", False), ("<answer>1, 3</answer>", "1", "math-expressions", False), ("x - 1", "x + 1", "math-expressions", False),
+    ("yes", "Yes", "boolean", True), ("Yes, it lights.", "yes", "boolean", True),
+    ("The answer is True", "yes", "boolean", True), ("no", "yes", "boolean", False),
+    ("I know", "no", "boolean", False), ("I do not know", "no", "boolean", False),
+    ("not true", "yes", "boolean", False), ("It is true", "true", "boolean", True),
+    ("yesterday", "yes", "boolean", False), ("", "no", "boolean", False), ("Red.", "red", "any", True),
+    ("the red  one", "red one", "any", True), ("carbon-dioxide", "carbon dioxide", "any", True),
+    ("two dogs", "2 dogs", "any", True), ("reddish", "red", "any", False), ("-3", "3", "any", False),
+    ("3.5", "35", "any", False), ("3.0", "3", "any", True), ("vitamin", "vitamin A", "any", False),
+    ("", "A", "any", False), ("the", "A", "any", False), ("> 5", "< 5", "any", False),
+    ("9" * 5000, "9", "any", False), ("CC(=O)O", "CC(=O)O", "any", True), ("CC=OO", "CC(=O)O", "any", False),
+    ("c1ccccc1", "C1CCCCC1", "any", False), ("12", "12", "math-expressions", True),
+    ("\\frac12", "\\frac{1}{2}", "math-expressions", True), ("0.5", "$\\frac{1}{2}$", "math-expressions", True),
+    ("$90^\\circ$", "90", "math-expressions", True), ("x=5", "5", "math-expressions", True),
+    ("(3, -4)", "$(3,-4)$", "math-expressions", True), ("5+\\sqrt{19}", "$5 + \\sqrt{19}$", "math-expressions", True),
+    ("\\text{Evelyn}", "Evelyn", "math-expressions", True),
+    ("So we get\nin total 12 cm", "12", "math-expressions", True),
+    ("<answer>2n</answer>", "2", "math-expressions", False), ("2", "$2n$", "math-expressions", False),
+    ("<answer>1, 3</answer>", "1", "math-expressions", False), ("x - 1", "x + 1", "math-expressions", False),
     ("<answer>5x - 7 = 0</answer>", "0", "math-expressions", False), ("52", "52_8", "math-expressions", False)]
 
 
@@ -115,7 +134,7 @@ def test_real_answers_score_themselves():
     assert all(rewards.score(s, d["gold"], "number") for s, d in zip(free, docs))
 
 
-# ---- a small world ----------------------------------------------------------------------------------------------------
+# ---- a small world --------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -161,11 +180,12 @@ def world(tmp_path) -> Path:
     (folder / "heldout" / "images").mkdir(parents=True)
     for k in range(8):
         Image.new("RGB", (28 * (2 + k % 3), 56), (30 * k, 255 - 30 * k, 128)).save(folder / f"heldout/images/{k}.png")
-        rows.append(dict(id=f"p{k}", question="How many corners has the shape?" + " really?" * (k % 4), options=None, answer=str(3 + k % 2),
-                         answer_type="number", discipline=("mathematics", "physics")[k % 2], template="x", image=f"images/{k}.png", chance=0.5))
+        rows.append(dict(id=f"p{k}", question="How many corners has the shape?" + " really?" * (k % 4), options=None,
+                         answer=str(3 + k % 2), answer_type="number", discipline=("mathematics", "physics")[k % 2], template="x",
+                         image=f"images/{k}.png", chance=0.5))
     for k in range(3):
-        rows.append(dict(id=f"t{k}", question="Which is red?" * (1 + k), options=["blue", "red"], answer="B", answer_type="multiple-choice",
-                         discipline="general", template="y", image=None, chance=0.5))
+        rows.append(dict(id=f"t{k}", question="Which is red?" * (1 + k), options=["blue", "red"], answer="B",
+                         answer_type="multiple-choice", discipline="general", template="y", image=None, chance=0.5))
     write_rows(folder, rows)
     return folder
 
@@ -207,7 +227,8 @@ def test_scores_and_table(tokenizer, world, tmp_path, monkeypatch, capsys):
     assert [r["id"] for r in rows] == [r["id"] for r in read_lines(world / "heldout/toy.jsonl")]
     assert {(r["response"], r["tokens"], r["truncated"]) for r in rows} == {("4", 2, False)}
     assert rows[1]["image"] == "heldout/images/1.png" and (Path(results["root"]) / rows[1]["image"]).exists()
-    assert rows[8]["question"] == "Which is red?\nA. blue\nB. red\nAnswer with the option's letter from the given choices directly."
+    assert rows[8]["question"] == ("Which is red?\nA. blue\nB. red\n"
+                                   "Answer with the option's letter from the given choices directly.")
     toy = results["results"]["toy"]
     assert (toy["n"], toy["n_picture"], toy["acc_picture"], toy["n_text"], toy["acc_text"]) == (11, 8, 0.5, 3, 0)
     assert toy["by_group"] == {"mathematics": {"acc": 0, "n": 4, "chance": 0.5}, "physics": {"acc": 1, "n": 4, "chance": 0.5},
@@ -287,7 +308,8 @@ def test_changed_checkpoint_or_budget_reads_no_old_response(tokenizer, checkpoin
 def test_one_two_and_four_processes(checkpoint, world, tmp_path, monkeypatch):
     run_here(monkeypatch, checkpoint, *COMMON, "--data-root", world, "--out", tmp_path / "p1")
     for n in (2, 4):
-        done = run_script("evaluate.py", checkpoint, *COMMON, "--data-root", world, "--out", tmp_path / f"p{n}", "--threads", 1, nproc=n)
+        done = run_script("evaluate.py", checkpoint, *COMMON, "--data-root", world, "--threads", 1, "--out", tmp_path / f"p{n}",
+                          nproc=n)
         assert done.returncode == 0, done.stderr[-2000:]
         assert final(tmp_path / f"p{n}") == final(tmp_path / "p1")
 
@@ -298,7 +320,8 @@ def test_shuffled_images(checkpoint, world, tmp_path, monkeypatch):
     rows = read_lines(tmp_path / "a/samples_toy.jsonl")
     dealt = [r["image"] for r in rows if r["image"]]
     assert sorted(dealt) == sorted(group)
-    assert all(group[r["image"]] == r["discipline"] and r["image"] != f"heldout/images/{r['id'][1:]}.png" for r in rows if r["image"])
+    for r in rows[:8]:
+        assert group[r["image"]] == r["discipline"] and r["image"] != f"heldout/images/{r['id'][1:]}.png"
 
 
 def test_bad_images_are_counted_and_mended(checkpoint, world, tmp_path, monkeypatch, capsys):
@@ -312,7 +335,8 @@ def test_bad_images_are_counted_and_mended(checkpoint, world, tmp_path, monkeypa
         run_here(monkeypatch, checkpoint, *COMMON, "--data-root", world, "--out", tmp_path / "out")
     printed = capsys.readouterr().out
     assert "toy: error: p2, heldout/images/2.png: image 0 cannot be decoded" in printed and "toy: error: p5" in printed
-    rows, toy = read_lines(tmp_path / "out/samples_toy.jsonl"), json.loads((tmp_path / "out/results.json").read_text())["results"]["toy"]
+    rows = read_lines(tmp_path / "out/samples_toy.jsonl")
+    toy = json.loads((tmp_path / "out/results.json").read_text())["results"]["toy"]
     assert toy["errors"] == 2 and toy["n"] == 11
     assert [r["id"] for r in rows if r["error"]] == ["p2", "p5"] and not any(r["correct"] for r in rows if r["error"])
     assert all(r["response"] == good[r["id"]]["response"] for r in rows if not r["error"])
@@ -335,20 +359,23 @@ def test_absent_data_and_user_errors(checkpoint, world, tmp_path, monkeypatch, c
         with pytest.raises((AssertionError, common.UserError), match=message):
             run_here(monkeypatch, *args)
     write_rows(world, [read_lines(world / "heldout/toy.jsonl")[0] | {"answer": "red"}])
-    with pytest.raises(AssertionError, match="line 1: .*'red'|'red' is not a number"):
+    with pytest.raises(common.UserError, match="toy.jsonl, line 1: the right answer 'red' is not a number"):
         run_here(monkeypatch, checkpoint, *COMMON, "--data-root", world)
 
 
 @pytest.mark.skipif(not (SHARED / "gsm8k").exists(), reason="the folder ../shared/data is not here")
 def test_real_tasks_run(checkpoint, tmp_path, monkeypatch):
-    run_here(monkeypatch, checkpoint, "--tasks", "mathvision", "gsm8k", "--data-root", SHARED, "--limit", "3", "--out", tmp_path / "out",
-             "--max-new-tokens", "4", "--min-pixels", "3136", "--max-pixels", "50000", "--device", "cpu")
+    run_here(monkeypatch, checkpoint, "--tasks", "mathvision", "gsm8k", "--data-root", SHARED, "--out", tmp_path / "out", "--limit",
+             "3", "--max-new-tokens", "4", "--min-pixels", "3136", "--max-pixels", "50000", "--device", "cpu")
     results = json.loads((tmp_path / "out/results.json").read_text())["results"]
-    assert list(results) == ["mathvision", "gsm8k"] and all((r["n"], r["truncated"], r["errors"]) == (3, 3, 0) for r in results.values())
+    assert list(results) == ["mathvision", "gsm8k"]
+    assert all((r["n"], r["truncated"], r["errors"]) == (3, 3, 0) for r in results.values())
+    with pytest.raises(SystemExit):  # 2048 new tokens do not fit the context: nothing but errors is a failure
+        run_here(monkeypatch, checkpoint, "--tasks", "mathvision", "--data-root", SHARED, "--out", tmp_path / "none", "--limit", "2")
 
 
-# ---- chat ------------------------------------------------------------------------------------------------------------
-def test_chat(tokenizer, checkpoint, world, tmp_path):
+# ---- chat -----------------------------------------------------------------------------------------------------------
+def test_chat(tokenizer, world, tmp_path, monkeypatch):
     says = save(tokenizer, tmp_path / "says", says="zé€😀")
     picture = world / "heldout/images/0.png"
     done = run_script("chat.py", says, "What", "is", "it?", "--device", "cpu", "--image", picture, picture)
@@ -357,10 +384,14 @@ def test_chat(tokenizer, checkpoint, world, tmp_path):
     assert (done.returncode, done.stdout) == (0, "zé€😀\n" * 3), done.stderr
     broken = tmp_path / "broken.png"
     broken.write_bytes(picture.read_bytes()[:40])
-    for args, message in (((says, "--image", broken, "What?"), "broken.png: not a readable picture"), ((tmp_path, "Hello"), "no checkpoint there"),
-                          ((says, "x " * 3000), "the model's context is 2048")):
-        done = run_script("chat.py", *args, "--device", "cpu")
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    done = run_script("chat.py", says, "--image", broken, "What?", "--device", "cpu")
+    assert done.returncode == 2 and f"error: {broken}: not a readable picture" in done.stderr and done.stderr.count("\n") == 1
+    for args, message in (((tmp_path, "Hello"), "no checkpoint there"), ((says, "x " * 3000), "the model's context is 2048"),
+                          ((says, "--image", world, "What?"), "not a readable picture"), (("--seed", "1"), "usage:"),
+                          ((says, "Hello", "--top-p", "0"), "--top-p 0.0 must lie in")):
+        monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, args)])
+        with pytest.raises((AssertionError, common.UserError), match=message):
+            chat.main()
 
 
 def test_chat_words():

@@ -1,0 +1,40 @@
+# Two commands on a fresh machine:   make demo   and   make test.   PYTHON, RUN and SCALE can be given: make demo RUN=runs/second
+PYTHON ?= python3
+RUN ?= runs/demo
+VENV ?= .venv
+PY = $(VENV)/bin/python
+TOY = $(RUN)/toy
+# the toy trains from random weights in minutes: larger learning rates and shorter packs than the released stages
+SMALL = --workers 1 --threads 2 --recompute none --seq-len 2048 --save-every 100000
+ROWS = --unit rows --batch 64 --max-side 0
+
+.PHONY: demo test clean
+demo: $(VENV)/installed
+	rm -rf $(RUN)
+	$(PY) toy.py make --out $(TOY)
+	$(PY) train_sft.py --stage pretrain --model preset:tiny --tokenizer $(TOY)/tokenizer --data $(TOY)/pretrain --out $(RUN)/pretrain \
+		--steps 120 --batch 4 --lr 2e-3 --min-lr 2e-4 --warmup 0.1 $(SMALL)
+	$(PY) upcycle.py stage0 --llm $(RUN)/pretrain --vit preset:tiny --out $(RUN)/stage0 --dtype float32
+	$(PY) evaluate.py $(RUN)/stage0 --tasks toy --data-root $(TOY) --out $(RUN)/eval_before --max-new-tokens 12 --threads 2
+	$(PY) train_sft.py --stage align --model $(RUN)/stage0 --data $(TOY)/align --out $(RUN)/align \
+		--steps 40 --lr 2e-3 --min-lr 1e-3 --warmup 0.1 $(ROWS) $(SMALL)
+	$(PY) train_sft.py --stage mid --model $(RUN)/align --data $(TOY)/mid --out $(RUN)/mid \
+		--steps 220 --lr 1.5e-3 --min-lr 1e-3 --warmup 0.1 $(ROWS) $(SMALL)
+	$(PY) train_sft.py --stage instruct --model $(RUN)/mid --data $(TOY)/instruct --out $(RUN)/instruct \
+		--steps 380 --lr 1.5e-3 --min-lr 5e-5 --warmup 0.05 $(ROWS) $(SMALL)
+	$(PY) evaluate.py $(RUN)/instruct --tasks toy --data-root $(TOY) --out $(RUN)/eval_after --max-new-tokens 12 --threads 2
+	$(PY) evaluate.py $(RUN)/instruct --tasks toy --data-root $(TOY) --out $(RUN)/eval_shuffled --max-new-tokens 12 --threads 2 --shuffle-images
+	$(PY) chat.py $(RUN)/instruct --image $(TOY)/heldout/images/chemistry_0000.png What molecule is this?
+	$(PY) toy.py report $(RUN)
+
+test: $(VENV)/installed
+	$(PY) -m pytest -q tests
+
+$(VENV)/installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q torch==2.13.0
+	$(PY) -m pip install -q -r requirements.txt -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs
