@@ -198,6 +198,8 @@ def atomic_dir(path):
         shutil.rmtree(tmp, ignore_errors=True)
         if isinstance(e, (KeyboardInterrupt, UserError)):
             raise
+        if world() > 1 and "peer" in str(e):
+            raise UserError(f"{path}: not saved, another rank failed") from e
         why = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
         raise UserError(f"{path}: could not be written: {why} ({free / 2**20:.0f} MiB were free). Earlier checkpoints are "
                         "untouched; make room and run again with --resume") from e

@@ -20,7 +20,6 @@ Letters: T tokens of all documents, D width, H heads, K key/value heads, d head 
 B sequences, S supervised rows.
 """
 import json
-import math
 import re
 import shutil
 import zlib
@@ -38,7 +37,6 @@ from common import UserError, atomic_dir, is_rank0, latest, write_json
 from kernels.attention import Documents, attend, choose, rotate
 from vision import VisionConfig, VisionTower
 
-IGNORE = -100  # label of an unsupervised token
 _TOKEN_IDS = {"bos_token_id": 151643, "eos_token_id": 151645, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
               "image_token_id": 151655, "video_token_id": 151656}
 

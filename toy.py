@@ -36,7 +36,7 @@ from common import UserError, parse, run
 ROWS = dict(pretrain=6000, pretrain_val=360, align=3000, mid=14000, instruct=16000, rl=2000)  # at scale 1
 HELD_OUT, HELD_OUT_GENERAL = 60, 40  # picture questions a discipline, text-only general questions; at scale 1
 VOCABULARY = 1024  # tokens, the special ones included
-MULTIPLE_CHOICE = 0.35  # share of the questions with four or more answers that get options: a fifth of all questions
+MULTIPLE_CHOICE = 0.37  # share of the questions with four or more answers that get options: a fifth of all questions
 
 
 @dataclass
@@ -194,15 +194,19 @@ def mathematics(rng):
         ("colour", "What colour is the shape?", colour, HUES)]
 
 
+WIRED = [hue for hue in HUES if hue != "yellow"]  # yellow is the light of the lamp
+
+
 def physics(rng):
-    cells, resistors, colour, closed = rng.randint(1, 3), rng.randint(1, 3), rng.choice(HUES), rng.random() < 0.5
+    cells, resistors, colour, closed = rng.randint(1, 3), rng.randint(1, 3), rng.choice(WIRED), rng.random() < 0.5
     top, bottom, lamp, hinge = 19 + rng.uniform(-2, 2), 66 + rng.uniform(-2, 2), (70, 43, 11), (12, 57)
     shapes = [line([(12, top), (70, top), (70, bottom), (12, bottom), (12, top)])]
     for x in range(28, 28 + 14 * cells, 14):  # a cell is a long thin plate and a short thick one
         shapes += [line([(x - 3, top), (x + 3, top)], "white", 4), line([(x - 3, top - 13), (x - 3, top + 13)]),
                    line([(x + 3, top - 7), (x + 3, top + 7)], width=4)]
     shapes += [box(x - 5, bottom - 7, x + 5, bottom + 7, colour) for x in range(28, 28 + 14 * resistors, 14)]
-    shapes += [disc(*lamp, "white", width=2), line(ring(*lamp, (45, 225))), line(ring(*lamp, (135, 315)))]
+    shapes.append(disc(*lamp, ("white", "yellow")[closed], width=2))
+    shapes += [line(ring(*lamp, angles)) for angles in ((45, 225), (135, 315))]
     shapes += [line([hinge, (12, 30)], "white", 4), line([hinge, (12, 30) if closed else (36, 40)], width=4)]
     shapes += [disc(*hinge, 3, "black"), disc(12, 30, 3, "black")]
     state, result = ("closed", "lights") if closed else ("open", "stays dark")
@@ -213,7 +217,7 @@ def physics(rng):
         ("cells", "How many cells are in series?", cells, range(1, 4)),
         ("voltage", "Each cell gives 2 volts. What is the voltage of all cells?", 2 * cells, (2, 4, 6)),
         ("resistors", "How many resistors are in the circuit?", resistors, range(1, 4)),
-        ("colour", "What colour are the resistors?", colour, HUES),
+        ("colour", "What colour are the resistors?", colour, WIRED),
         ("lamp", "Does the lamp light?", YES_NO[closed], YES_NO)]
 
 
@@ -250,13 +254,13 @@ def biology(rng):
     if plant:
         shapes = [box(5, 14, 79, 70, "ivory", colour, 6)] + [line([(42, 14), (42, 70)], colour, 6)] * dividing
     elif dividing:  # two discs that are still joined
-        away = 10
+        away = 11
         shapes = [disc(x, 42, 22, colour, colour) for x in halves] + [disc(x, 42, 17, "ivory", "ivory") for x in halves]
         shapes.append(box(36, 36, 48, 48, "ivory", "ivory"))
     else:
         shapes = [disc(42, 42, 36, "ivory", colour, 6)]
     places = [(x, 42 + dy) for dy in (-away, away) for x in (24, 60)]
-    shapes += [disc(x, 42, 5, "gray", "gray") for x in halves]
+    shapes += [disc(x, 42, 6, "dark", "dark") for x in halves]
     shapes += [disc(*place, 6, "brown", "brown", ry=4) for place in places[:n]]
     kind, state = ("animal", "plant")[plant], ("not dividing and has 1 nucleus", "dividing and has 2 nuclei")[dividing]
     caption = (f"The picture shows one {kind} cell. It is {state}. The colour of its wall is {colour}. Its number of "
@@ -272,9 +276,10 @@ def medicine(rng):
     if rng.random() < 0.5:  # the patient faces the reader, so the left lung is on the right of the picture
         place = rng.choice(CORNERS)
         part, side = place.split()
-        x, y = (62 if side == "left" else 22) + rng.uniform(-3, 3), (25 if part == "upper" else 61) + rng.uniform(-5, 5)
-        shapes = [disc(22, 43, 17, "gray", "white", ry=36), disc(62, 43, 17, "gray", "white", ry=36),
-                  box(39, 6, 45, 78, "silver", "silver"), disc(x, y, rng.uniform(6, 8), "yellow")]
+        x, y = (63 if side == "left" else 21) + rng.uniform(-3, 3), (22 if part == "upper" else 58) + rng.uniform(-4, 4)
+        shapes = [disc(21, 41, 17, "gray", "white", ry=36), disc(63, 41, 17, "silver", "white", ry=36),
+                  disc(45, 50, 9, "red", "red", ry=12), box(2, 70, 82, 82, "brown", "brown"),
+                  disc(x, y, rng.uniform(6, 8), "yellow")]  # lungs, heart, diaphragm, spot
         caption = (f"A chest picture with a spot. The spot is in the {part} part of the {side} lung of the patient. "
                    f"The {side} lung lies on the {'right' if side == 'left' else 'left'} of the picture.")
         return "black", shapes, caption, [
@@ -544,9 +549,13 @@ def turns(questions: list[Question], tag: str) -> list[dict]:
 
 
 def some_questions(rng: random.Random, scene: Scene, most: int) -> list[Question]:
-    """1 to `most` different questions about the scene, some as multiple choice."""
-    chosen = rng.sample(scene.questions, min(rng.randint(1, most), len(scene.questions)))
-    return [multiple_choice(rng, q) if rng.random() < MULTIPLE_CHOICE else q for q in chosen]
+    """1 to `most` different questions about the scene, some as multiple choice, half of these after their open form."""
+    asked = []
+    for q in rng.sample(scene.questions, min(rng.randint(1, most), len(scene.questions))):
+        asked.append(multiple_choice(rng, q) if rng.random() < MULTIPLE_CHOICE else q)
+        if most > 1 and asked[-1].options and rng.random() < 0.5:
+            asked.insert(-1, q)
+    return asked
 
 
 def text_row(rng, i: int, held_out: bool) -> dict:
@@ -594,7 +603,7 @@ def rl_row(rng, i: int) -> dict:
 def held_out_rows(rng, discipline: str, n: int, folder: Path) -> list[dict]:
     """n held-out questions, templates and then answers in turn, each about a picture of its own."""
     pool, cells = {}, defaultdict(lambda: defaultdict(list))  # cells: template -> answer -> candidates
-    for _ in range(120 + 4 * n):
+    for _ in range(60 + 4 * n):
         if discipline == "general":
             q = draw(general_question, rng, discipline, True)
             pool[q.content] = None, q

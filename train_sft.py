@@ -18,7 +18,6 @@ Departures from the released recipe (Innovator-VL quick start scripts; its repor
 4. The warm-up's first step has lr / warm-up steps, not zero.
 5. pretrain has no released counterpart; its settings are ours.
 """
-import dataclasses
 import functools
 import json
 import math
@@ -231,13 +230,13 @@ def main() -> None:
            f"{c.dtype}, attention {model.impl}, recompute {c.recompute}, compile {'on' if c.compile else 'off'}")
     print0("config:", json.dumps(asdict(c)), "commit:", common.commit())
 
-    c_ = model.config  # loader's cost of a document: FLOPs per token, token^2, patch, patch^2 up to a common factor
-    linear = model.train_flops([1], [], 0)
-    cost = (linear, model.train_flops([1000], [], 0) / 1e6 - linear / 1e3, *((
-        6 * 12 * c_.vision.embed_dim ** 2 * c_.vision.depth, 12 * c_.vision.embed_dim * c_.vision.depth) if c_.vision else (0, 0)))
+    # what a document costs, up to a common factor: FLOPs per token, token^2, patch, patch^2
+    vit, linear = model.config.vision, model.train_flops([1], [], 0)
+    cost = [linear, model.train_flops([1000], [], 0) / 1e6 - linear / 1e3]
+    cost += [72 * vit.embed_dim ** 2 * vit.depth, 12 * vit.embed_dim * vit.depth] if vit else [0, 0]
     loader = Loader(Source(c.data, str(tok.path), Limits(c.min_pixels, c.max_pixels, c.max_side), c.seq_len), c.batch, c.unit,
                     seed=c.seed, rank=rank(), world=world(), workers=c.workers, prefetch=c.prefetch, window=c.window,
-                    plan=c.plan or None, pad=c.compile, average=c.loss_average, vision=c_.vision is not None, on_bad=c.on_bad,
+                    plan=c.plan or None, pad=c.compile, average=c.loss_average, vision=vit is not None, on_bad=c.on_bad,
                     max_bad=c.max_bad, bad_file=out / f"bad_rows_rank{rank()}.jsonl", cost=cost)
     before = 0.0
     if resumed:

@@ -1,11 +1,7 @@
 """Images, chat template, readers, packing and loader."""
-import io
 import json
-import math
-import tarfile
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch

@@ -1,6 +1,5 @@
 """Model, vision tower, loss and checkpoints against independent references."""
 import json
-import resource
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import upcycle
 from common import UserError
 from kernels.attention import Documents, attend
-from model import (PRESETS, Innovator, ModelConfig, Pack, config_of, linear_cross_entropy, load_weights, sample, token_logprobs)
+from model import (PRESETS, Innovator, ModelConfig, Pack, config_of, linear_cross_entropy, sample, token_logprobs)
 from vision import VisionConfig
 
 TEXT = ModelConfig(vocab_size=211, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,

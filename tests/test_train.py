@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import ROOT, SHARED, launch, needs_shared
+from conftest import SHARED, launch, needs_shared
 from safetensors.torch import load_file
 
 import train_sft
@@ -134,6 +134,25 @@ def test_a_kill_during_a_save_leaves_the_earlier_checkpoint(toy, stage0, tmp_pat
     assert (out / "step_00000004" / "model.safetensors").exists() and not (out / ".step_00000004.tmp").exists()
 
 
+def test_a_full_disk_names_itself_and_keeps_the_earlier_checkpoint(toy, stage0, tmp_path):
+    out = tmp_path / "run"
+    code = ("import sys, common, train_sft\n"
+            "save = common.save_state\n"
+            "def full(model, optimizer, folder, trainer):\n"
+            "    if trainer['step'] == 4: raise OSError(28, 'No space left on device')\n"
+            "    save(model, optimizer, folder, trainer)\n"
+            "common.save_state = full\n"
+            "common.run(train_sft.main)\n")
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    args = ("--stage", "mid", "--model", stage0, "--data", toy / "mid", "--out", out, *SMALL, "--steps", 4, "--batch", 1, "--save-every", 2)
+    done = launch(script, *args, check=False)
+    assert done.returncode == 2 and "could not be written" in done.stderr and "No space left" in done.stderr
+    assert "Traceback" not in done.stderr and [p.name for p in out.iterdir() if "step" in p.name] == ["step_00000002"]
+    launch("train_sft.py", *args, "--resume")
+    assert (out / "step_00000004").exists()
+
+
 def test_sigterm_saves_and_exits_0(toy, stage0, tmp_path):
     out = tmp_path / "run"
     process = train("instruct", stage0, toy / "instruct", out, "--steps", 5000, "--batch", 4, background=True)
@@ -220,7 +239,7 @@ def test_released_loss_average_weighs_packs_alike(toy, stage0, tmp_path):
     assert len({r["loss"] for r in rows}) == 3
 
 
-TEN_LOSSES = [6.937393, 6.865509]  # pinned below
+PINNED = [0.0] * 10
 
 
 def test_ten_pinned_losses(toy, tmp_path):
@@ -228,9 +247,6 @@ def test_ten_pinned_losses(toy, tmp_path):
     launch("train_sft.py", "--stage", "pretrain", "--model", "preset:tiny", "--tokenizer", toy / "tokenizer", "--data", toy / "pretrain",
            "--out", tmp_path / "run", *SMALL, "--steps", 10, "--batch", 4, "--seed", 0)
     assert [round(x, 4) for x in losses(tmp_path / "run")] == pytest.approx(PINNED, abs=2e-3)
-
-
-PINNED = [0.0] * 10
 
 
 @needs_shared
