@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 bench.py train --model preset:innovator-vl-8b --stage mid --tokenizer DIR --data DIR
     python bench.py packing                          fill and samples/s of the packers on a log-normal length file
 
-train runs train_sft.py's own step (same model, loader, sharding, optimizer) for --steps steps, leaves the first third out
-and prints the median. Letters: tok/s counts real tokens of all ranks; MFU uses the data sheet's dense bf16 peak.
+train runs train_sft.py's own step (same model, loader, sharding, optimizer) for --steps steps, leaves the first third
+out and prints the median. Letters: tok/s counts real tokens of all ranks; MFU uses the data sheet's dense bf16 peak.
 """
 import json
 import statistics
@@ -41,7 +41,8 @@ def ceilings(device: torch.device) -> str:
         return start.elapsed_time(end) / n / 1e3
     mm = 2 * 8192 ** 3 / time_of(lambda: a @ b, 20) / 1e12
     copy = 2 * x.nbytes / time_of(lambda: y.copy_(x), 10) / 1e12
-    return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}: matmul 8192^3 bf16 {mm:.0f} TFLOP/s, copy {copy:.2f} TB/s"
+    return (f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}: matmul 8192^3 bf16 {mm:.0f} TFLOP/s, "
+            f"copy {copy:.2f} TB/s")
 
 
 def train(argv: list[str]) -> None:
@@ -59,10 +60,12 @@ def train(argv: list[str]) -> None:
     median = lambda key: statistics.median(r[key] for r in kept)
     times = [r["tokens"] / r["tok_s"] for r in kept]
     print(ceilings(device))
-    print(f"bench: steps {len(kept)}, tokens a step {median('tokens'):.0f}, step {statistics.median(times):.3f} s (min {min(times):.3f}, "
-          f"max {max(times):.3f}), {median('tok_s'):.0f} tok/s on {common.world()} rank(s), "
-          + (f"MFU {median('mfu'):.3f} of the data sheet's peak, peak {max(r['peak_gb'] for r in rows):.1f} GiB, " if "mfu" in rows[0] else "")
-          + f"waiting for data {median('wait_s') * 1e3:.1f} ms, first step {first:.0f} s after start, loss {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f}")
+    print(f"bench: steps {len(kept)}, tokens a step {median('tokens'):.0f}, step {statistics.median(times):.3f} s "
+          f"(min {min(times):.3f}, max {max(times):.3f}), {median('tok_s'):.0f} tok/s on {common.world()} rank(s), "
+          + (f"MFU {median('mfu'):.3f} of the data sheet's peak, peak {max(r['peak_gb'] for r in rows):.1f} GiB, "
+             if "mfu" in rows[0] else "")
+          + f"waiting for data {median('wait_s') * 1e3:.1f} ms, first step {first:.0f} s after start, "
+          f"loss {rows[0]['loss']:.3f} -> {rows[-1]['loss']:.3f}")
 
 
 def packing() -> None:
@@ -71,7 +74,8 @@ def packing() -> None:
         t0 = time.perf_counter()
         packs = [p for i in range(0, len(lengths), window) for p in best_fit_decreasing(lengths[i:i + window], 8192)]
         seconds = time.perf_counter() - t0
-        print(f"packing, {name}: fill {lengths.sum() / len(packs) / 8192:.4f}, {len(lengths) / seconds / 1e6:.2f} M samples/s on one core")
+        print(f"packing, {name}: fill {lengths.sum() / len(packs) / 8192:.4f}, "
+              f"{len(lengths) / seconds / 1e6:.2f} M samples/s on one core")
     print(f"padding each to 8192: fill {lengths.mean() / 8192:.4f}")
 
 

@@ -1,8 +1,8 @@
 """Talks to a checkpoint: one question on the command line, or a conversation.
 
     python chat.py runs/instruct --image cell.png What is in the middle of the picture?
-    python chat.py runs/instruct                        # /image FILE adds a picture, /new starts over, an empty line ends
-    python chat.py runs/instruct < questions.txt        # one line, one turn of the conversation
+    python chat.py runs/instruct                      # /image FILE adds a picture, /new starts over, an empty line ends
+    python chat.py runs/instruct < questions.txt      # one line, one turn of the conversation
 
 The answer streams to stdout. The checkpoint is a Hugging Face folder or the folder of a training run (its newest
 checkpoint). Words that are not options are the question; --image takes the following names that end like a picture's.
@@ -42,7 +42,8 @@ class Config:
 
 
 def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
-    """["What", "--seed", "1", "is", "--image", "a.png", "it?"] -> (["--seed", "1", "--image", "a.png"], ["What", "is", "it?"])"""
+    """["What", "--seed", "1", "is", "--image", "a.png", "it?"] ->
+    (["--seed", "1", "--image", "a.png"], ["What", "is", "it?"])"""
     options, images, words, i = [], [], [], 0
     while i < len(argv):
         n = 1 if "=" in argv[i] or argv[i] in ("-h", "--help") else 2
@@ -62,7 +63,8 @@ def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
 def answer(model: Innovator, tok: Tokenizer, c: Config, messages: list[dict], images: list) -> str:
     """Prints the reply to the last message as it comes, and returns it."""
     prompt = encode(messages, images, tok, Limits(), generate=True)
-    pixels = None if prompt.pixels is None else normalise(torch.from_numpy(prompt.pixels).to(model.device), model.compute_dtype)
+    pixels = (None if prompt.pixels is None else
+              normalise(torch.from_numpy(prompt.pixels).to(model.device), model.compute_dtype))
     held = []  # tokens whose bytes may end inside a character
 
     def show(_, token):
@@ -123,7 +125,8 @@ def main() -> None:
                 assert model.visual is not None, f"{folder} is a text model: it takes no pictures"
                 waiting = waiting + [opened(text.removeprefix("/image ").strip(), tok)]
             else:
-                question = {"role": "user", "content": "<image>\n" * len(waiting) + text.replace("<image>", "< image >")}
+                question = {"role": "user",
+                            "content": "<image>\n" * len(waiting) + text.replace("<image>", "< image >")}
                 reply = answer(model, tok, c, [*messages, question], shown + waiting)
                 messages += [question, {"role": "assistant", "content": reply}]
                 shown, waiting = shown + waiting, []

@@ -1,4 +1,5 @@
-"""What every script shares: command line from a dataclass, process group, sharding, atomic folders, checkpoints, log."""
+"""What every script shares: command line from a dataclass, process group, sharding, atomic folders,
+checkpoints, log."""
 import argparse
 import contextlib
 import dataclasses
@@ -46,13 +47,15 @@ def parse(cls, argv: list[str] | None = None, doc: str | None = None):
     --name A B); the comment behind a field is its help. Unknown names are an error that says the nearest one."""
     comments = dict(re.findall(r"^    (\w+):[^#\n]*# (.+)$", inspect.getsource(cls), re.M))
     hints = typing.get_type_hints(cls)
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     for f in dataclasses.fields(cls):
         kind, required = hints[f.name], f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         if typing.get_origin(kind) in (typing.Union, types.UnionType):  # X | None
             kind = next(k for k in typing.get_args(kind) if k is not type(None))
         shown = "" if required or f.default in (None, dataclasses.MISSING) else f" [{f.default}]"
-        options = dict(required=required, default=argparse.SUPPRESS, help=comments.get(f.name, "").replace("%", "%%") + shown)
+        options = dict(required=required, default=argparse.SUPPRESS,
+                       help=comments.get(f.name, "").replace("%", "%%") + shown)
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is typing.Literal:
@@ -145,14 +148,16 @@ def _training_state(model, optimizer) -> dict:
         if p not in optimizer.state:  # before the first step
             optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
                                   "exp_avg_sq": torch.zeros_like(p)}
-    return {"model": {n: p.detach() for n, p in named.items()}, "optimizer": {n: optimizer.state[p] for n, p in named.items()}}
+    return {"model": {n: p.detach() for n, p in named.items()},
+            "optimizer": {n: optimizer.state[p] for n, p in named.items()}}
 
 
 def save_state(model, optimizer, folder: Path, trainer: dict) -> None:
     """Sharded masters and moments, this rank's random state, and trainer.json. All ranks call it."""
     import torch.distributed.checkpoint as dcp
     dcp.save(_training_state(model, optimizer), checkpoint_id=folder / "state")
-    random = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+    random = {"cpu": torch.get_rng_state()} | (
+        {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
     torch.save(random, folder / "state" / f"random_{rank()}_of_{world()}.pt")
     if is_rank0():
         write_json(folder / "trainer.json", trainer)
@@ -182,8 +187,8 @@ def write_json(path: Path, value) -> None:
 
 @contextlib.contextmanager
 def atomic_dir(path):
-    """A folder that appears whole or not at all: yields a temporary folder, flushes it to disk and renames it to `path`.
-    All ranks enter together. If writing fails, what stood at `path` stays."""
+    """A folder that appears whole or not at all: yields a temporary folder, flushes it to disk and renames it to
+    `path`. All ranks enter together. If writing fails, what stood at `path` stays."""
     path = Path(path)
     tmp, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     if is_rank0():
@@ -201,8 +206,8 @@ def atomic_dir(path):
         if world() > 1 and "peer" in str(e):
             raise UserError(f"{path}: not saved, another rank failed") from e
         why = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
-        raise UserError(f"{path}: could not be written: {why} ({free / 2**20:.0f} MiB were free). Earlier checkpoints are "
-                        "untouched; make room and run again with --resume") from e
+        raise UserError(f"{path}: could not be written: {why} ({free / 2**20:.0f} MiB were free). Earlier checkpoints "
+                        "are untouched; make room and run again with --resume") from e
     barrier()
     if is_rank0():
         for file in tmp.rglob("*"):
@@ -271,11 +276,12 @@ def plot_metrics(folder, keys=("loss", "lr", "grad_norm", "tok_s")) -> Path:
 
 
 # ---- device ---------------------------------------------------------------------------------------------------------
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "B200": 2250}  # bf16, dense
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "B200": 2250}  # dense bf16
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 peak of this GPU by its data sheet (FLOP/s); None where it is not known (CPUs): then no MFU is shown."""
+    """Dense bf16 peak of this GPU by its data sheet (FLOP/s); None where it is not known (CPUs): then no MFU is
+    shown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

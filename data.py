@@ -1,19 +1,20 @@
 """Images, chat template, readers of the published formats, packing and the loader.
 
-    python data.py check PATH --tokenizer DIR     reads and decodes every row; lists the bad ones; exit 1 if there are any
-    python data.py stats PATH --tokenizer DIR     rows, tokens, image sizes, share supervised, fill of the packing
+    python data.py check PATH --tokenizer DIR   reads and decodes every row; lists the bad ones; exit 1 if there are any
+    python data.py stats PATH --tokenizer DIR   rows, tokens, image sizes, share supervised, fill of the packing
     python data.py pack  PATH --tokenizer DIR --out plan.npz    measures all rows once; train_sft.py --plan plan.npz
 
 A row of a file becomes one or more documents (token ids, labels, images). Documents are packed, never split. The order
 of packs depends on (seed, epoch) only: not on the number of ranks or workers. Formats, by content: LLaVA json,
-mid-training / Instruct-46M / RL-172K parquet, packed and SFT webdataset tars, jsonl of messages, question/answer or text.
+mid-training / Instruct-46M / RL-172K parquet, packed and SFT webdataset tars, jsonl of messages,
+question/answer or text.
 
 References: Qwen2VLImageProcessor; the released task encoder (Innovator-VL), report arXiv:2601.19325.
 
 Departures
 1. Packed webdataset rows are taken apart and packed anew each epoch: the same pairs, better filled, freshly mixed.
-2. Stage 2 resizes three times (the second one nearest-neighbour). Here the same final grid is computed and the picture is
-   resized once, bicubic.
+2. Stage 2 resizes three times (the second one nearest-neighbour). Here the same final grid is computed and the picture
+   is resized once, bicubic.
 3. A row is bad where the released loader would skip it silently (image and <image> counts differ), train on nothing
    (an empty answer), cut it (longer than seq_len), or get nothing from it (an image side under 2 pixels).
 4. Repeated ids are reported by `check` and left out by `pack`; an unplanned run does not look for them.
@@ -53,8 +54,8 @@ FACTOR = PATCH * MERGE
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP
 STD = (0.26862954, 0.26130258, 0.27577711)
 SYSTEM = "You are a helpful assistant."
-THINK_PROMPT = ("Think and solve the following question step by step. Please put your thinking and analysis procedure within "
-                "<think></think>. Put ONLY your final answer within <answer></answer>.")
+THINK_PROMPT = ("Think and solve the following question step by step. Please put your thinking and analysis procedure "
+                "within <think></think>. Put ONLY your final answer within <answer></answer>.")
 ANSWER_PROMPT = "Put ONLY your final answer within <answer></answer>."
 
 
@@ -130,7 +131,7 @@ def normalise(pixels_u8, dtype=None):
     return x if dtype is None else x.to(dtype)
 
 
-# ---- tokenizer and chat template --------------------------------------------------------------------------------------
+# ---- tokenizer and chat template ------------------------------------------------------------------------------------
 class Tokenizer:
     """tokenizer.json of a checkpoint folder (or the file itself) and the ids of Qwen's special tokens."""
     def __init__(self, path):
@@ -144,7 +145,8 @@ class Tokenizer:
         missing = [t for t, i in ids.items() if i is None]
         if missing:
             raise UserError(f"{self.path}: lacks the special tokens {', '.join(missing)}")
-        self.pad, self.im_start, self.im_end, self.vision_start, self.vision_end, self.image_pad, self.video_pad = ids.values()
+        (self.pad, self.im_start, self.im_end, self.vision_start, self.vision_end, self.image_pad,
+         self.video_pad) = ids.values()
         self.size = self.raw.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
@@ -181,7 +183,8 @@ def encode_chat(messages: list[dict], image_tokens: list[int], tok: Tokenizer, g
             continue
         if m["role"] == "user":
             head, *rest = text.split("<image>")
-            text = head + "".join("<|vision_start|>" + "<|image_pad|>" * next(counts) + "<|vision_end|>" + r for r in rest)
+            text = head + "".join("<|vision_start|>" + "<|image_pad|>" * next(counts) + "<|vision_end|>" + r
+                                  for r in rest)
         source += f"<|im_start|>{m['role']}\n{text}<|im_end|>\n"
         if m["role"] == "user":
             source += "<|im_start|>assistant\n"
@@ -204,7 +207,8 @@ class Doc:
 
 def encode(messages: list[dict], images: list, tok: Tokenizer, limits: Limits, generate: bool = False,
            decode: bool = True) -> Doc:
-    """Messages and images (PIL, bytes or paths) to a document. decode=False leaves pixels out: lengths need only headers."""
+    """Messages and images (PIL, bytes or paths) to a document. decode=False leaves pixels out: lengths need only
+    headers."""
     tags = sum(m["content"].count("<image>") for m in messages if m["role"] == "user")
     if tags != len(images):
         raise BadRow(f"{tags} <image> tag(s) but {len(images)} image(s)")
@@ -275,7 +279,8 @@ def rl_prompt(row: dict) -> str:
         return f"{ANSWER_PROMPT}\n{row['problem']}"
     guidance = f" {row['format_guidance']}\n" if row.get("format_guidance") else "\n"
     if row["problem_type"] == "spatial-reasoning":
-        guidance = " Please first generate the coordinates (x, y, x, y) of each relevant object mentioned in the problem.\n"
+        guidance = (" Please first generate the coordinates (x, y, x, y) of each relevant object mentioned in the "
+                    "problem.\n")
     return THINK_PROMPT + guidance + row["problem"]
 
 
@@ -302,7 +307,8 @@ def row_of(raw: dict, key: str, base: Path) -> Row:
                               {"role": "assistant", "content": f"<answer>{answer}</answer>" if answer else ""}])
         row.parts.append((messages, _images(raw["images"], base)))
     elif "question" in raw and "answer" in raw:
-        messages = _messages([{"role": "user", "content": raw["question"]}, {"role": "assistant", "content": str(raw["answer"])}])
+        messages = _messages([{"role": "user", "content": raw["question"]},
+                              {"role": "assistant", "content": str(raw["answer"])}])
         row.parts.append((messages, _images(raw.get("image"), base)))
     elif "text" in raw:
         if not isinstance(raw["text"], str) or not raw["text"].strip():
@@ -330,7 +336,7 @@ def _tar_images(raw: dict, names) -> list[bytes]:
     return out
 
 
-# ---- readers: random access to one file ---------------------------------------------------------------------------------
+# ---- readers: random access to one file -----------------------------------------------------------------------------
 class JsonFile:
     def __init__(self, path: Path):
         try:
@@ -382,7 +388,8 @@ class ParquetFile:
         try:
             self.file = pq.ParquetFile(path, memory_map=True)
         except (pa.ArrowException, OSError) as e:
-            raise UserError(f"{path}: not a readable parquet file ({str(e).splitlines()[0]}); download or copy it again") from None
+            raise UserError(f"{path}: not a readable parquet file ({str(e).splitlines()[0]}); "
+                            "download or copy it again") from None
         groups = [self.file.metadata.row_group(g).num_rows for g in range(self.file.num_row_groups)]
         self.starts = np.concatenate([[0], np.cumsum(groups)]).astype(np.int64)
         self.count = int(self.starts[-1])
@@ -396,7 +403,8 @@ class ParquetFile:
 
 
 class TarFile:
-    """Samples are members that share the name up to the first dot. The index holds byte ranges; data is read on demand."""
+    """Samples are members that share the name up to the first dot. The index holds byte ranges; data is read on
+    demand."""
     def __init__(self, path: Path):
         self.path, self.problems = path, []
         samples, size = {}, path.stat().st_size
@@ -442,7 +450,8 @@ def data_files(paths: list) -> list[Path]:
     for p in map(Path, paths):
         if not p.exists():
             raise UserError(f"{p}: no such file or folder")
-        inside = [f for f in sorted(p.rglob("*")) if f.is_file() and not any(x.startswith(".") for x in f.relative_to(p).parts)]
+        inside = [f for f in sorted(p.rglob("*"))
+                  if f.is_file() and not any(x.startswith(".") for x in f.relative_to(p).parts)]
         found = [f for f in (inside if p.is_dir() else [p]) if f.name.endswith(tuple(READERS))]
         if not found:
             raise UserError(f"{p}: no {', '.join(READERS)} file there")
@@ -451,7 +460,8 @@ def data_files(paths: list) -> list[Path]:
 
 
 class Dataset:
-    """Rows of many files under one index. Files open on first use; `problems` holds (file, row, reason) of damaged files."""
+    """Rows of many files under one index. Files open on first use; `problems` holds (file, row, reason) of damaged
+    files."""
     def __init__(self, paths: list[str], counts: list[int] | None = None):
         self.paths, self.files, self.problems = data_files(paths), {}, []
         if counts is None:
@@ -495,10 +505,11 @@ class Dataset:
             e.row_id = str(raw.get("id", ""))
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as e:
-            raise BadRow(f"fields are not those of a known format ({type(e).__name__}: {e}); it has {sorted(raw)}") from None
+            raise BadRow(f"fields are not those of a known format ({type(e).__name__}: {e}); "
+                         f"it has {sorted(raw)}") from None
 
 
-# ---- documents of a row -------------------------------------------------------------------------------------------------
+# ---- documents of a row ---------------------------------------------------------------------------------------------
 @dataclass
 class Source:
     """What a worker needs to turn row numbers into documents."""
@@ -544,7 +555,7 @@ def _start_worker(source: Source) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # a killed parent leaves no worker
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # no worker outlives its parent
     _source = source.open()
 
 
@@ -594,8 +605,10 @@ class PackData:
     tokens: int  # real tokens, without padding
 
 
-def collate(docs: list[Doc], tok_pad: int, image_pad: int, pad_to: int, average: str, vision: bool, names=(), bad=()) -> PackData:
-    """Lays documents end to end. pad_to: one more, unsupervised document fills the pack to this many tokens (0: none)."""
+def collate(docs: list[Doc], tok_pad: int, image_pad: int, pad_to: int, average: str, vision: bool, names=(),
+            bad=()) -> PackData:
+    """Lays documents end to end. pad_to: one more, unsupervised document fills the pack to this many tokens
+    (0: none)."""
     T = sum(len(d.ids) for d in docs)
     padding = [np.full(max(pad_to - T, 0 if T else 1), tok_pad, dtype=np.int32)]  # an empty pack still has one token
     ids = np.concatenate([d.ids for d in docs] + padding)
@@ -643,13 +656,14 @@ def to_device(p: PackData, device, impl: str, dtype):
     def put(x): return torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
     docs = Documents.of(p.lengths, device, impl)
     pixels = None if p.pixels is None else normalise(put(p.pixels), dtype)
-    return Pack(put(p.ids.astype(np.int64)), docs, docs.positions().to(device, non_blocking=True), put(p.rows), put(p.targets),
-                put(p.weights), pixels, p.grids, put(p.image_rows))
+    return Pack(put(p.ids.astype(np.int64)), docs, docs.positions().to(device, non_blocking=True), put(p.rows),
+                put(p.targets), put(p.weights), pixels, p.grids, put(p.image_rows))
 
 
 # ---- packing --------------------------------------------------------------------------------------------------------
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
-    """Packs items into as few bins as best-fit-decreasing finds: longest first, each into the fullest bin that has room.
+    """Packs items into as few bins as best-fit-decreasing finds: longest first, each into the fullest bin that
+    has room.
 
     Counts instead of items: all items of one length are one run; open bins are kept by the room left in them and a bit
     mask finds the smallest room that fits, so one step fills many bins. Returns the item numbers of each bin.
@@ -763,9 +777,9 @@ class Loader:
     """Endless steps over the data, the same for every world size.
 
     Order: a permutation of the rows by (seed, epoch); windows of it are measured (headers and token counts only) and
-    packed by best-fit-decreasing; the packs of a window are shuffled. A step takes the next `batch` packs (unit 'packs')
-    or packs exactly `batch` rows (unit 'rows'). With a plan the window is the whole data set and nothing is measured.
-    A thread stays `prefetch` steps ahead; worker processes measure, read and decode.
+    packed by best-fit-decreasing; the packs of a window are shuffled. A step takes the next `batch` packs (unit
+    'packs') or packs exactly `batch` rows (unit 'rows'). With a plan the window is the whole data set and nothing is
+    measured. A thread stays `prefetch` steps ahead; worker processes measure, read and decode.
     """
     def __init__(self, source: Source, batch: int, unit: str = "packs", *, seed: int = 0, rank: int = 0, world: int = 1,
                  workers: int = 0, prefetch: int = 4, window: int = 4096, plan: str | None = None, pad: bool = False,
@@ -781,7 +795,8 @@ class Loader:
         self.state = {"epoch": 0, "window": 0, "pack": 0, "seen": 0, "bad": {}}
         self.plan = load_plan(plan, source) if plan else None
         if len(source.data) == 0:
-            raise UserError(f"{', '.join(source.paths)}: no rows: " + "; ".join(" ".join(p) for p in source.data.problems))
+            raise UserError(f"{', '.join(source.paths)}: no rows: "
+                            + "; ".join(" ".join(p) for p in source.data.problems))
 
     def load_state(self, state: dict) -> None:
         self.state = json.loads(json.dumps(state))
@@ -792,7 +807,8 @@ class Loader:
         s["seen"] += rows
         for b in bad:
             if self.on_bad == "stop":
-                raise UserError(f"{b['file']}, {b['row']} ({b['at']}): {b['reason']}. Mend it, or run with --on-bad skip")
+                raise UserError(f"{b['file']}, {b['row']} ({b['at']}): {b['reason']}. "
+                                "Mend it, or run with --on-bad skip")
             reason = "".join("#" if c.isdigit() else c for c in b["reason"])[:60]
             s["bad"][reason] = s["bad"].get(reason, 0) + 1
             if self.bad_file:
@@ -801,7 +817,8 @@ class Loader:
         n = sum(s["bad"].values())
         if bad and n > max(1, self.max_bad * max(s["seen"], 1000)):
             worst = ", ".join(f"{v} x {k}" for k, v in sorted(s["bad"].items(), key=lambda kv: -kv[1])[:4])
-            raise UserError(f"{n} bad of {s['seen']} rows is more than --max-bad {self.max_bad}: {worst}; all are in {self.bad_file}")
+            raise UserError(f"{n} bad of {s['seen']} rows is more than --max-bad {self.max_bad}: {worst}; "
+                            f"all are in {self.bad_file}")
 
     def _steps(self, pool, source):
         """Yields (this rank's packs as item arrays, state after the step), endlessly."""
@@ -821,7 +838,8 @@ class Loader:
                 chunks = [rows[i:i + 64].tolist() for i in range(0, len(rows), 64)]
                 got = [f.result() for f in [pool.submit(_measure, source, c) for c in chunks]]
                 items = np.concatenate([g.items for g in got])
-                self._report([b for g in got for b in g.bad] if s["pack"] == 0 else [], len(rows) if s["pack"] == 0 else 0)
+                self._report([b for g in got for b in g.bad] if s["pack"] == 0 else [],
+                             len(rows) if s["pack"] == 0 else 0)
             after = {"epoch": epoch + last, "window": 0 if last else w + 1, "pack": 0}
             if self.unit == "rows":
                 each = costs(items, list(np.arange(len(items))[:, None]), self.cost)
@@ -839,7 +857,8 @@ class Loader:
                 if len(held) == self.batch:
                     whole = np.concatenate(held)
                     ends = np.cumsum([len(h) for h in held])
-                    mine = deal(costs(whole, np.split(np.arange(len(whole)), ends[:-1]), self.cost), self.world)[:, self.rank]
+                    mine = deal(costs(whole, np.split(np.arange(len(whole)), ends[:-1]), self.cost),
+                                self.world)[:, self.rank]
                     yield [held[m] for m in mine], dict(s, bad=dict(s["bad"]))
                     held = []
             if not packs:
@@ -883,7 +902,8 @@ class Loader:
                 self.state = state
                 yield Step(packs, state)
         except BrokenProcessPool:
-            raise UserError("a data worker died (killed, or out of memory); use fewer --workers, or run with --resume") from None
+            raise UserError("a data worker died (killed, or out of memory); use fewer --workers, "
+                            "or run with --resume") from None
         finally:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -893,7 +913,8 @@ class Loader:
 def fingerprint(source: Source) -> str:
     """What a plan depends on: files with sizes, tokenizer, image limits, seq_len."""
     files = [(p.name, p.stat().st_size) for p in source.data.paths]
-    text = json.dumps([files, hashlib.sha256(source.tok.path.read_bytes()).hexdigest(), vars(source.limits), source.seq_len])
+    text = json.dumps([files, hashlib.sha256(source.tok.path.read_bytes()).hexdigest(), vars(source.limits),
+                       source.seq_len])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -902,7 +923,8 @@ def load_plan(path: str, source: Source) -> np.ndarray:
         raise UserError(f"{path}: no such plan; make it with python data.py pack")
     with np.load(path) as z:
         if str(z["fingerprint"]) != fingerprint(source):
-            raise UserError(f"{path}: was made for other files, tokenizer, image limits or seq_len; run data.py pack again")
+            raise UserError(f"{path}: was made for other files, tokenizer, image limits or seq_len; "
+                            "run data.py pack again")
         return z["items"]
 
 
@@ -922,7 +944,8 @@ def survey(source: Source, workers: int, decode: bool) -> Measured:
             if key in seen:
                 repeated.append(i)
                 file, at = source.data.name(i)
-                m.bad.append({"file": file, "row": row_id, "at": at, "reason": "the id was already used by an earlier row"})
+                m.bad.append({"file": file, "row": row_id, "at": at,
+                              "reason": "the id was already used by an earlier row"})
             seen.add(key)
         kept.append(m.items[~np.isin(m.items[:, 0], repeated)])
         out.bad += m.bad
@@ -956,7 +979,8 @@ def main() -> None:
     found = survey(source, c.workers, decode=command == "check")
     items, bad, lengths = found.items, found.bad, found.items[:, 2]
     rows = len(source.data)
-    print(f"{path}: {len(source.data.paths)} file(s), {rows} rows, {len(items)} documents, {found.images} images, {len(bad)} bad")
+    print(f"{path}: {len(source.data.paths)} file(s), {rows} rows, {len(items)} documents, {found.images} images, "
+          f"{len(bad)} bad")
     for b in bad[:50]:
         print(f"  bad: {b['file']}, {b['row']} ({b['at']}): {b['reason']}")
     if len(bad) > 50:
@@ -964,10 +988,12 @@ def main() -> None:
     if len(items) and command != "check":
         q = np.percentile(lengths, [0, 50, 90, 99, 100]).astype(int)
         packs = best_fit_decreasing(lengths, c.seq_len)
-        print(f"tokens {lengths.sum()}, per document mean {lengths.mean():.0f}, min {q[0]}, median {q[1]}, 90% {q[2]}, 99% {q[3]}, "
-              f"max {q[4]}; image tokens {items[:, 3].sum() / 4 / lengths.sum():.1%}; supervised {found.supervised / lengths.sum():.1%}")
-        print(f"packed to {c.seq_len}: {len(packs)} packs, fill {lengths.sum() / len(packs) / c.seq_len:.4f} (a bound for the last, "
-              f"partly filled pack: {lengths.sum() / math.ceil(lengths.sum() / c.seq_len) / c.seq_len:.4f}), "
+        print(f"tokens {lengths.sum()}, per document mean {lengths.mean():.0f}, min {q[0]}, median {q[1]}, "
+              f"90% {q[2]}, 99% {q[3]}, max {q[4]}; image tokens {items[:, 3].sum() / 4 / lengths.sum():.1%}; "
+              f"supervised {found.supervised / lengths.sum():.1%}")
+        print(f"packed to {c.seq_len}: {len(packs)} packs, fill {lengths.sum() / len(packs) / c.seq_len:.4f} "
+              "(a bound for the last, partly filled pack: "
+              f"{lengths.sum() / math.ceil(lengths.sum() / c.seq_len) / c.seq_len:.4f}), "
               f"{len(items) / len(packs):.1f} documents a pack")
     if command == "pack":
         out = Path(c.out)
@@ -979,7 +1005,8 @@ def main() -> None:
         if c.out:
             Path(c.out).write_text("".join(json.dumps(b, ensure_ascii=False) + "\n" for b in bad))
             print(f"wrote {c.out}")
-        print("all rows are good" if not bad else f"{len(bad)} bad rows of {rows}: train with --on-bad skip, or mend them")
+        print("all rows are good" if not bad else
+              f"{len(bad)} bad rows of {rows}: train with --on-bad skip, or mend them")
         if bad:
             sys.exit(1)
 

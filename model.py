@@ -37,8 +37,8 @@ from common import UserError, atomic_dir, is_rank0, latest, write_json
 from kernels.attention import Documents, attend, choose, rotate
 from vision import VisionConfig, VisionTower
 
-_TOKEN_IDS = {"bos_token_id": 151643, "eos_token_id": 151645, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
-              "image_token_id": 151655, "video_token_id": 151656}
+_TOKEN_IDS = {"bos_token_id": 151643, "eos_token_id": 151645, "vision_start_token_id": 151652,
+              "vision_end_token_id": 151653, "image_token_id": 151655, "video_token_id": 151656}
 
 
 @dataclass
@@ -76,17 +76,21 @@ class ModelConfig:
         assert family in known, f"config.json: model_type {t['model_type']!r} is not one of {', '.join(known)}"
         rope = t.get("rope_parameters") or {"rope_theta": t["rope_theta"], **(t.get("rope_scaling") or {})}
         kind = rope.get("rope_type", rope.get("type", "default"))
-        assert kind == "default", f"config.json: rope scaling {kind!r} is not supported; only unscaled rotary angles are"
+        assert kind == "default", \
+            f"config.json: rope scaling {kind!r} is not supported; only unscaled rotary angles are"
         v = c.get("vision_config")
         return ModelConfig(
-            **{k: t[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                                 "num_key_value_heads", "rms_norm_eps", "max_position_embeddings")},
+            **{k: t[k] for k in (
+                "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                "num_key_value_heads", "rms_norm_eps", "max_position_embeddings")},
             head_dim=t.get("head_dim") or t["hidden_size"] // t["num_attention_heads"], rope_theta=rope["rope_theta"],
             qkv_bias=t.get("attention_bias", family == "qwen2"), qk_norm=t.get("use_qk_norm", family != "qwen2"),
             tie_word_embeddings=c.get("tie_word_embeddings", t.get("tie_word_embeddings", False)),
-            token_ids={k: next((x[k] for x in (c, t) if x.get(k) is not None), default) for k, default in _TOKEN_IDS.items()},
-            vision=v and VisionConfig(**{k: v[k] for k in ("depth", "embed_dim", "num_heads", "intermediate_size", "in_channels",
-                                                           "patch_size", "spatial_merge_size", "layer_norm_eps")}))
+            token_ids={k: next((x[k] for x in (c, t) if x.get(k) is not None), default)
+                       for k, default in _TOKEN_IDS.items()},
+            vision=v and VisionConfig(**{k: v[k] for k in (
+                "depth", "embed_dim", "num_heads", "intermediate_size", "in_channels", "patch_size",
+                "spatial_merge_size", "layer_norm_eps")}))
 
     def to_hf(self, dtype: torch.dtype) -> dict:
         """config.json of the released class (vision), or of Qwen2ForCausalLM / Qwen3ForCausalLM (text)."""
@@ -100,10 +104,12 @@ class ModelConfig:
             ids = {k: self.token_ids[k] for k in ("bos_token_id", "eos_token_id")}
             return {"architectures": [arch], "model_type": family} | ids | text | (
                 {"attention_bias": False} if self.qk_norm else {})
-        vision = asdict(self.vision) | {"model_type": "rice_vit", "hidden_size": self.vision.embed_dim, "hidden_act": "gelu",
-                                        "temporal_patch_size": 1, "text_hidden_size": self.hidden_size}
-        return {"architectures": ["InnovatorVl_ForConditionalGeneration"], "model_type": "innovator_vl", **self.token_ids,
-                "vocab_size": self.vocab_size, "tie_word_embeddings": self.tie_word_embeddings, "torch_dtype": dtype,
+        vision = asdict(self.vision) | {
+            "model_type": "rice_vit", "hidden_size": self.vision.embed_dim, "hidden_act": "gelu",
+            "temporal_patch_size": 1, "text_hidden_size": self.hidden_size}
+        return {"architectures": ["InnovatorVl_ForConditionalGeneration"], "model_type": "innovator_vl",
+                **self.token_ids, "vocab_size": self.vocab_size, "tie_word_embeddings": self.tie_word_embeddings,
+                "torch_dtype": dtype,
                 "text_config": text | {"model_type": "InnovatorVl_text", "attention_bias": self.qkv_bias,
                                        "use_qk_norm": self.qk_norm},
                 "vision_config": vision}
@@ -117,13 +123,14 @@ PRESETS = {  # sizes: the released configurations; tiny and mini are ours
     "qwen2.5-7b": _QWEN25_7B,
     "qwen3-8b": ModelConfig(max_position_embeddings=40960),
     "innovator-vl-8b": ModelConfig(vision=VisionConfig()),
-    "innovator-vl-4b": ModelConfig(hidden_size=2560, intermediate_size=9728, rope_theta=5e6, max_position_embeddings=262144,
-                                   vision=VisionConfig()),
-    "innovator-vl-14b": ModelConfig(hidden_size=5120, intermediate_size=17408, num_hidden_layers=40, num_attention_heads=40,
-                                    vision=VisionConfig()),
+    "innovator-vl-4b": ModelConfig(hidden_size=2560, intermediate_size=9728, rope_theta=5e6,
+                                   max_position_embeddings=262144, vision=VisionConfig()),
+    "innovator-vl-14b": ModelConfig(hidden_size=5120, intermediate_size=17408, num_hidden_layers=40,
+                                    num_attention_heads=40, vision=VisionConfig()),
     # a laptop CPU: the toy world in minutes
-    "tiny": ModelConfig(vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-                        num_key_value_heads=2, head_dim=32, rope_theta=1e4, max_position_embeddings=2048, vision=_TINY_VIT),
+    "tiny": ModelConfig(vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+                        num_attention_heads=4, num_key_value_heads=2, head_dim=32, rope_theta=1e4,
+                        max_position_embeddings=2048, vision=_TINY_VIT),
     # about 100M, one GPU: real tokenizer, real resolution
     "mini": ModelConfig(hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
                         num_key_value_heads=4, head_dim=64, tie_word_embeddings=True, max_position_embeddings=8192,
@@ -237,7 +244,7 @@ class Innovator(nn.Module):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return getattr(self, "mixed_dtype", None) or self.model.norm.weight.dtype  # sharded models compute in mixed_dtype
+        return getattr(self, "mixed_dtype", None) or self.model.norm.weight.dtype  # sharded models have mixed_dtype
 
     def embed(self, ids_T, pixels=None, grids=(), image_rows=None):
         """Token rows with the merged image rows in the places of <|image_pad|>. -> [T, D]"""
@@ -247,7 +254,7 @@ class Innovator(nn.Module):
         rows_MD = self.visual(pixels, grids, self.impl)
         if image_rows is None:
             image_rows = (ids_T == self.config.image_token_id).nonzero()[:, 0]
-        if image_rows.numel() == 0:  # a pack without images still runs the tower, so that all ranks gather and reduce alike
+        if image_rows.numel() == 0:  # a pack without images still runs the tower, so all ranks gather and reduce alike
             return x_TD + 0 * rows_MD.sum()
         assert image_rows.numel() == rows_MD.shape[0], \
             f"{image_rows.numel()} image tokens in the text, {rows_MD.shape[0]} image rows from grids {list(grids)}"
@@ -280,15 +287,18 @@ class Innovator(nn.Module):
         """FLOPs that a training step needs for these documents: forward, gradient to inputs where it flows, gradient to
         weights where they train. Recomputation is not counted, nor the head on unsupervised rows."""
         c, trains = self.config, {p for p, q in self.named_parameters() if q.requires_grad}
-        trained = {part: any(n.startswith(part) for n in trains) for part in ("model.layers", "lm_head", "visual.merger", "visual.")}
+        trained = {part: any(n.startswith(part) for n in trains)
+                   for part in ("model.layers", "lm_head", "visual.merger", "visual.")}
         vision = trained["visual."]
         tower = any(n.startswith("visual.") and not n.startswith("visual.merger") for n in trains)
         T, D, wide = sum(lengths), c.hidden_size, c.num_attention_heads * c.head_dim
-        linear = 2 * T * c.num_hidden_layers * (D * (2 * wide + 2 * c.num_key_value_heads * c.head_dim) + 3 * D * c.intermediate_size)
+        linear = 2 * T * c.num_hidden_layers * (
+            D * (2 * wide + 2 * c.num_key_value_heads * c.head_dim) + 3 * D * c.intermediate_size)
         scores = 2 * c.num_hidden_layers * wide * sum(n * n for n in lengths)  # causal: half of 4
         flow = 2 if trained["model.layers"] or vision else 1  # the gradient passes through the decoder
         total = linear * (flow + trained["model.layers"]) + scores * (3 if flow == 2 else 1)
-        total += 2 * supervised * D * c.vocab_size * (2 + (trained["lm_head"] or c.tie_word_embeddings and trained["model.layers"]))
+        total += 2 * supervised * D * c.vocab_size * (
+            2 + (trained["lm_head"] or c.tie_word_embeddings and trained["model.layers"]))
         if self.visual is not None and grids:
             tower_flops, merger_flops = self.visual.flops(grids)
             total += tower_flops * (3 if tower else 1) + merger_flops * (1 + trained["visual.merger"] + tower)
@@ -296,7 +306,8 @@ class Innovator(nn.Module):
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
     @classmethod
-    def from_pretrained(cls, path, dtype: torch.dtype | None = None, device="cpu", attention: str = "auto") -> "Innovator":
+    def from_pretrained(cls, path, dtype: torch.dtype | None = None, device="cpu",
+                        attention: str = "auto") -> "Innovator":
         """Loads a Hugging Face folder (safetensors, single or sharded; released or in-memory names) in its own dtype or
         in `dtype`. Each tensor is read once, straight to the device."""
         model = cls.on_meta(config_of(path))
@@ -322,7 +333,8 @@ class Innovator(nn.Module):
         return model
 
     def save_pretrained(self, path, dtype: torch.dtype | None = None) -> None:
-        """Writes the released layout with config, tokenizer and processor files; every rank of a sharded model calls it."""
+        """Writes the released layout with config, tokenizer and processor files; every rank of a sharded model
+        calls it."""
         with atomic_dir(path) as tmp:
             save_weights(self, tmp, dtype)
 
@@ -375,12 +387,12 @@ class Innovator(nn.Module):
 
 
 class KVCache:
-    """Keys and values of B sequences, [layer][B, longest, K, d]; the first call is the packed prompt, later ones add one
-    token a sequence."""
+    """Keys and values of B sequences, [layer][B, longest, K, d]; the first call is the packed prompt, later ones add
+    one token a sequence."""
     def __init__(self, c: ModelConfig, B: int, longest: int, device, dtype, docs: Documents, positions):
         shape = (c.num_hidden_layers, B, longest, c.num_key_value_heads, c.head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.rows = torch.repeat_interleave(torch.arange(B), torch.tensor(docs.lengths)).to(device)  # [T] sequence of a row
+        self.rows = torch.repeat_interleave(torch.arange(B), torch.tensor(docs.lengths)).to(device)  # [T] sequence
         self.positions = positions  # [T] place of a row in its sequence
         self.next = torch.tensor(docs.lengths, device=device)  # [B]
         self.mask = None  # the prompt attends by documents
@@ -441,7 +453,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         need_h, need_w = ctx.needs_input_grad[:2]
         loss, plain = (torch.zeros((), device=h_SD.device) for _ in range(2))
         dh = torch.zeros_like(h_SD) if need_h else None
-        dw = torch.zeros(w_VD.shape, dtype=torch.float32, device=w_VD.device) if need_w else None  # fp32: sums over chunks
+        dw = torch.zeros(w_VD.shape, dtype=torch.float32, device=w_VD.device) if need_w else None  # fp32: sums chunks
         for rows in _chunks(h_SD.shape[0], w_VD.shape[0]):
             h, t, w = h_SD[rows], targets_S[rows], weights_S[rows]
             z, lse, logp = _logits_chunk(h, w_VD, t)
@@ -462,7 +474,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g_loss, _):
         dh, dw = ctx.saved_tensors
-        return dh if dh is None else dh * g_loss.to(dh.dtype), dw if dw is None else dw * g_loss.to(dw.dtype), None, None
+        return (dh if dh is None else dh * g_loss.to(dh.dtype), dw if dw is None else dw * g_loss.to(dw.dtype),
+                None, None)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -516,14 +529,15 @@ def token_logprobs(h_SD, w_VD, targets_S, entropy: bool = False):
     return _TokenLogprobs.apply(h_SD, w_VD, targets_S, entropy)
 
 
-# ---- checkpoint names, loading, saving --------------------------------------------------------------------------------
+# ---- checkpoint names, loading, saving ------------------------------------------------------------------------------
 # Our names are the released ones; this table turns the in-memory layout of the released class into them.
 NAMES = [(re.compile(r"^model\.language_model\."), "model."), (re.compile(r"^model\.visual\."), "visual.")]
 SHARD_BYTES = 5 * 2 ** 30
 PROCESSOR = {  # what the released stage 0 sets on Qwen2.5-VL's processor
     "preprocessor_config.json": {
-        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor", "do_convert_rgb": True,
-        "do_resize": True, "do_rescale": True, "do_normalize": True, "rescale_factor": 1 / 255, "resample": 3,
+        "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor",
+        "do_convert_rgb": True, "do_resize": True, "do_rescale": True, "do_normalize": True,
+        "rescale_factor": 1 / 255, "resample": 3,
         "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
         "min_pixels": 3136, "max_pixels": 2560000, "patch_size": 14, "temporal_patch_size": 1, "merge_size": 2}}
 CHAT_TEMPLATE = """\
@@ -565,7 +579,8 @@ def config_of(path) -> ModelConfig:
         return replace(PRESETS[name])
     file = checkpoint_folder(path) / "config.json"
     if not file.exists():
-        raise UserError(f"{file}: not found; give a Hugging Face checkpoint folder or preset:NAME ({', '.join(PRESETS)})")
+        raise UserError(f"{file}: not found; give a Hugging Face checkpoint folder or preset:NAME "
+                        f"({', '.join(PRESETS)})")
     return ModelConfig.from_hf(json.loads(file.read_text()))
 
 
@@ -636,8 +651,8 @@ def load_weights(model: nn.Module, path) -> None:
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int, prefix: str = "") -> None:
-    """Random values for the parameters whose name starts with `prefix`. Each tensor has its own generator, seeded by its
-    name, and every rank makes the whole tensor and keeps its rows, so values do not depend on the world size."""
+    """Random values for the parameters whose name starts with `prefix`. Each tensor has its own generator, seeded by
+    its name, and every rank makes the whole tensor and keeps its rows, so values do not depend on the world size."""
     for name, p in model.named_parameters():
         if not name.startswith(prefix):
             continue
@@ -687,11 +702,13 @@ def save_weights(model: Innovator, folder: Path, dtype: torch.dtype | None = Non
         (folder / part).rename(folder / name)
     if len(files) > 1:
         weight_map = {t: name for (part, ts), name in zip(files.items(), names) for t in ts}
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / "model.safetensors.index.json",
+                   {"metadata": {"total_size": total}, "weight_map": weight_map})
     write_json(folder / "config.json", model.config.to_hf(dtype))
     ids = model.config.token_ids
     write_json(folder / "generation_config.json", {
-        "do_sample": False, "eos_token_id": [ids["eos_token_id"], ids["bos_token_id"]], "pad_token_id": ids["bos_token_id"]})
+        "do_sample": False, "eos_token_id": [ids["eos_token_id"], ids["bos_token_id"]],
+        "pad_token_id": ids["bos_token_id"]})
     if model.visual is not None:
         for name, value in PROCESSOR.items():
             write_json(folder / name, value)

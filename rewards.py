@@ -8,8 +8,8 @@ type; score never counts that as right. Nothing is guessed, and nothing is found
 
 Departures from the released rewards (Innovator-VL, InnovatorVL-RL/reward)
 1. An unclosed <think> is no answer; without <answer> tags \\boxed{}, '#### x' and 'the answer is x' are read too.
-2. multiple-choice: a letter counts where an answer names one, and several letters are a set (there: the first character,
-   so "The answer is B" is "T" and two letters never match).
+2. multiple-choice: a letter counts where an answer names one, and several letters are a set (there: the first
+   character, so "The answer is B" is "T" and two letters never match).
 3. number: values are compared, with sign, separators, fractions, powers and percent (there: equal strings of digits).
 4. boolean: whole words (there: "no" is found inside "know").
 5. any: articles, punctuation and number words do not matter, but a formula (SMILES, code) is compared as it stands.
@@ -20,8 +20,8 @@ from fractions import Fraction
 
 LETTERS = "ABCDEFGHIJ"
 ANSWER_TYPES = ("multiple-choice", "number", "boolean", "any", "math-expressions")
-SMALL = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-         "eighteen nineteen").split()
+SMALL = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+         "seventeen eighteen nineteen").split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
@@ -80,7 +80,8 @@ def _answer_or_last_line(response: str) -> str:
 
 # ---- multiple choice ------------------------------------------------------------------------------------------------
 def read_choice(text: str, options: list[str] | None = None) -> str | None:
-    """Letters that a text names, as 'B' or 'AC': "B", "(b)", "A and C", "AC", "B. text", "option B", or an option's text."""
+    """Letters that a text names, as 'B' or 'AC': "B", "(b)", "A and C", "AC", "B. text", "option B", or an option's
+    text."""
     plain = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
     plain = re.sub(r"[$*`]", "", plain).strip().rstrip(" .,!:")
     valid = LETTERS[:len(options)] if options else LETTERS
@@ -98,8 +99,8 @@ def read_choice(text: str, options: list[str] | None = None) -> str | None:
     if re.search(rf"\bor\s+\(?{up}\b", plain):  # two answers are none
         return None
     # NOTE "A" may be an article and "I" a pronoun: a bare letter needs a sign or a verb behind it
-    m = re.match(rf"\(({low})\)|({up})[.:]\s|({low})\)\s|({up})(?=\s(?:is|because|since)\b|,\s(?!or\b|and\b)[a-z]{{2}})|"
-                 rf"(?:[Tt]he )?(?:[Oo]ption|[Cc]hoice) \(?({low})\b", plain)
+    m = re.match(rf"\(({low})\)|({up})[.:]\s|({low})\)\s|({up})(?=\s(?:is|because|since)\b|,\s(?!or\b|and\b)[a-z]{{2}})"
+                 rf"|(?:[Tt]he )?(?:[Oo]ption|[Cc]hoice) \(?({low})\b", plain)
     return next(g for g in m.groups() if g).upper() if m else None
 
 
@@ -126,8 +127,8 @@ NUMBER = re.compile(r"""
 SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 SPELLINGS = [  # in this order: notations of numbers to the ones that NUMBER reads
     (r"[−–]", "-"), (r"[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda m: "^" + m[0].translate(SUPERSCRIPTS)),
-    (r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 "), (r"\^\s*\{?\\circ\}?|\\degree\b|°", ""), (r"\\%", "%"),
-    (r"\\[,!;:]|\\left\b|\\right\b|\\?[$€£]|[*`]{2}", ""), (r"\{,\}", ","), (r"~|\\ ", " "),
+    (r"\\(?:text|textbf|mathrm|mathbf|mbox)\s*\{([^{}]*)\}", r" \1 "), (r"\^\s*\{?\\circ\}?|\\degree\b|°", ""),
+    (r"\\%", "%"), (r"\\[,!;:]|\\left\b|\\right\b|\\?[$€£]|[*`]{2}", ""), (r"\{,\}", ","), (r"~|\\ ", " "),
     (r"\\[dtc]?frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"), (r"(?<=\d)\s*\\[dtc]?frac", r" \\frac"),
     (r"\\[dtc]?frac\s*\{\s*([\d.,]+)\s*\}\s*\{\s*([\d.,]+)\s*\}", r"\1/\2"),
     (r"\\times|\\cdot|[×·]|(?<=\d)\s*[xX](?=\s*10\s*\^)", "*"),
@@ -144,8 +145,10 @@ def word_numbers(text: str) -> str:
     """Number words below a hundred to digits: "twenty-one dogs" -> "21 dogs"."""
     def digits(m):
         tens, small, alone = (g and g.lower() for g in m.groups())
-        return str(SMALL.index(alone)) if alone else str(10 * TENS.index(tens) + 20 + (SMALL.index(small) if small else 0))
-    return re.sub(rf"\b(?:({'|'.join(TENS)})(?:[- ]({'|'.join(SMALL[1:10])}))?|({'|'.join(SMALL)}))\b", digits, text, flags=re.I)
+        return (str(SMALL.index(alone)) if alone else
+                str(10 * TENS.index(tens) + 20 + (SMALL.index(small) if small else 0)))
+    return re.sub(rf"\b(?:({'|'.join(TENS)})(?:[- ]({'|'.join(SMALL[1:10])}))?|({'|'.join(SMALL)}))\b", digits, text,
+                  flags=re.I)
 
 
 def value_of(m: re.Match) -> tuple[Fraction, bool] | None:
@@ -165,8 +168,8 @@ def value_of(m: re.Match) -> tuple[Fraction, bool] | None:
 
 
 def read_number(response: str) -> re.Match | None:
-    """The number a response answers with. Of a marked answer: behind the last equals sign, the number that it starts with,
-    else its last one. Of free text: the last one."""
+    """The number a response answers with. Of a marked answer: behind the last equals sign, the number that it starts
+    with, else its last one. Of free text: the last one."""
     text = visible(response)
     if text is None:
         return None
@@ -183,15 +186,15 @@ def read_number(response: str) -> re.Match | None:
 
 
 def whole_number(text: str) -> re.Match | None:
-    """The number that a text is, maybe in parentheses, with a name before (x = 5) or a unit behind (5 cm); a calculation's
-    result; None for expressions, equations, lists and sentences."""
+    """The number that a text is, maybe in parentheses, with a name before (x = 5) or a unit behind (5 cm); a
+    calculation's result; None for expressions, equations, lists and sentences."""
     before, _, plain = re.sub(r"^[A-Za-z](?:\([a-z]\))?\s*=", "=", plain_numbers(text)).rpartition("=")
     if re.search(r"[A-Za-z]", re.sub(r"\\[a-z]+", "", before)):
         return None
     plain = re.sub(r"^\((.*)\)$", r"\1", plain.strip(" .")).strip()
     m = NUMBER.match(plain)
-    unit = m and re.fullmatch(r"|[ckmn]m|[km]g|m[lLs]|k?Hz|eV|kJ|mol|\s+(?:[A-Za-zµΩ]{2,}[A-Za-zµΩ /.*-]*|[mgslhVNJWKCAF])",
-                              plain[m.end():])
+    unit = m and re.fullmatch(r"|[ckmn]m|[km]g|m[lLs]|k?Hz|eV|kJ|mol|"
+                              r"\s+(?:[A-Za-zµΩ]{2,}[A-Za-zµΩ /.*-]*|[mgslhVNJWKCAF])", plain[m.end():])
     return m if unit and value_of(m) else None
 
 
@@ -229,7 +232,8 @@ def boolean(response: str, gold: str) -> bool:
 def text_equal(a: str, b: str) -> bool:
     """Equal but for case, articles, punctuation, spaces and number words. If b is a formula (symbols, or digits beside
     letters, and no plain word), equal but for spaces: case and brackets carry meaning in SMILES and code."""
-    formula = re.search(r"[=#@()\[\]{}\\/+*^<>_]|\d[A-Za-z]|[A-Za-z]\d", b) and not re.search(r"\b[A-Za-z]?[a-z]{3,}\b", b)
+    formula = (re.search(r"[=#@()\[\]{}\\/+*^<>_]|\d[A-Za-z]|[A-Za-z]\d", b)
+               and not re.search(r"\b[A-Za-z]?[a-z]{3,}\b", b))
     if formula:
         return _squeeze(a) == _squeeze(b)
     a, b = _tokens(a), _tokens(b)
@@ -244,7 +248,7 @@ def _tokens(text: str) -> list[str]:
     """Words, numbers (with sign and decimals, in one spelling) and symbols, without punctuation and articles."""
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", word_numbers(text.replace("−", "-")))
     found = re.findall(r"(?<!\S)-?\d+(?:\.\d+)?|\d+(?:\.\d+)?|[^\W\d_]+|[%<>=+~^|°]", text)
-    kept = [t for k, t in enumerate(found)  # a last word is no article, nor is a capital A inside: "type A", "vitamin A"
+    kept = [t for k, t in enumerate(found)  # a last word is no article, nor a capital A inside: "type A", "vitamin A"
             if k + 1 == len(found) or t not in ("a", "an", "the") and (k > 0 or t.lower() not in ("a", "an", "the"))]
     return [str(Fraction(t)) if t[-1].isdecimal() and len(t) < 400 else t.casefold() for t in kept]
 

@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
-from common import UserError, parse, run
+from common import UserError, parse, run, write_json
 
 ROWS = dict(pretrain=6000, pretrain_val=360, align=3000, mid=14000, instruct=16000, rl=2000)  # at scale 1
 HELD_OUT, HELD_OUT_GENERAL = 60, 40  # picture questions a discipline, text-only general questions; at scale 1
@@ -98,11 +98,11 @@ def ask(template: str, text: str, answer, answers) -> Question:
     return Question(template, text, answer, answers)
 
 
-def multiple_choice(rng: random.Random, q: Question) -> Question:
-    """q with four options, the right one at a random letter; q itself if it has fewer than four answers."""
+def multiple_choice(rng: random.Random, q: Question, place: int) -> Question:
+    """q with four options, the right one at this place; q itself if it has fewer than four answers."""
     if len(q.answers) < 4:
         return q
-    options, place = rng.sample([a for a in q.answers if a != q.answer], 3), rng.randrange(4)
+    options = rng.sample([a for a in q.answers if a != q.answer], 3)
     return replace(q, options=options[:place] + [q.answer] + options[place:], answer="ABCD"[place])
 
 
@@ -273,11 +273,11 @@ def biology(rng):
 
 
 def medicine(rng):
-    if rng.random() < 0.5:  # the patient faces the reader, so the left lung is on the right of the picture
+    if rng.random() < 0.5:  # the patient faces the reader: the left lung, here the lighter one, is on the right
         place = rng.choice(CORNERS)
         part, side = place.split()
         x, y = (63 if side == "left" else 21) + rng.uniform(-3, 3), (22 if part == "upper" else 58) + rng.uniform(-4, 4)
-        shapes = [disc(21, 41, 17, "gray", "white", ry=36), disc(63, 41, 17, "silver", "white", ry=36),
+        shapes = [disc(21, 41, 17, "dark", "white", ry=36), disc(63, 41, 17, "silver", "white", ry=36),
                   disc(45, 50, 9, "red", "red", ry=12), box(2, 70, 82, 82, "brown", "brown"),
                   disc(x, y, rng.uniform(6, 8), "yellow")]  # lungs, heart, diaphragm, spot
         caption = (f"A chest picture with a spot. The spot is in the {part} part of the {side} lung of the patient. "
@@ -287,11 +287,11 @@ def medicine(rng):
             ("part", "Is the spot in the upper part or the lower part of the lung?", part, ("upper", "lower")),
             ("place", "Which part of which lung of the patient shows the spot?", place, CORNERS)]
     beats, regular = rng.randint(3, 5), rng.random() < 0.5
-    base, height, extra = 50 + rng.uniform(-3, 3), rng.uniform(34, 40), None if regular else rng.randrange(1, beats)
+    base, height, inverted = 50 + rng.uniform(-3, 3), rng.uniform(34, 40), None if regular else rng.randrange(1, beats)
     trace = [(1, base)]
     for i, x in enumerate(range(7, 7 + 14 * beats, 14)):
         up = [(x - 3, base), (x - 1, base - height), (x + 1.5, base + 6), (x + 3, base)]
-        trace += [(x - 4, base), (x, base + 28), (x + 4, base)] if i == extra else up
+        trace += [(x - 4, base), (x, base + 28), (x + 4, base)] if i == inverted else up
     caption = (f"A pulse trace with {beats} beats. The pulse is {'regular' if regular else 'irregular'}: "
                f"{'all beats point' if regular else 'one beat does not point'} up.")
     return "white", [line([*trace, (83, base)], "red", 3)], caption, [
@@ -300,20 +300,20 @@ def medicine(rng):
 
 
 def earth_science(rng):
-    n = rng.randint(2, 4)
-    colours, young, tilt, x = rng.sample(HUES, n), rng.random() < 0.5, rng.uniform(-2, 2), rng.uniform(18, 66)
-    edges = [80 - 70 * i / n + (rng.uniform(-1.5, 1.5) if 0 < i < n else 0) for i in range(n + 1)]  # from the lowest up
-    shapes = [polygon([(3, low + tilt), (81, low - tilt), (81, high - tilt), (3, high + tilt)], c, c)
-              for c, low, high in zip(colours, edges, edges[1:])]
-    y = sum(edges[-2:] if young else edges[:2]) / 2 + tilt * (42 - x) / 39
-    age = ("oldest", "youngest")[young]
+    n, fossil, tilt, x = rng.randint(2, 4), rng.random() < 0.5, rng.uniform(-2, 2), rng.uniform(18, 66)
+    colours, layer = rng.sample(HUES, n), rng.randrange(n)  # from the lowest up
+    shapes = [polygon([(3, y + tilt), (81, y - tilt), (81, y - 18 - tilt), (3, y - 18 + tilt)], colour, colour)
+              for y, colour in zip(range(80, 0, -18), colours)]
+    if fossil:
+        y = 71 - 18 * layer + tilt * (42 - x) / 39
+        shapes += [disc(x, y, 7, "black"), disc(x, y, 2.5, "white")]
     caption = (f"A cliff with {n} layers of rock. From the lowest up the layers are {', '.join(colours)}. The oldest "
-               f"layer is {colours[0]}, the youngest layer is {colours[-1]}, and the fossil lies in the {age} layer.")
-    return "white", shapes + [disc(x, y, 7, "black"), disc(x, y, 2.5, "white")], caption, [
+               f"layer is {colours[0]} and the youngest layer is {colours[-1]}. There is {('no', 'a')[fossil]} fossil.")
+    return "white", shapes, caption, [
         ("layers", "How many layers of rock are there?", n, range(2, 5)),
         ("oldest", "What colour is the oldest layer?", colours[0], HUES),
         ("youngest", "What colour is the youngest layer?", colours[-1], HUES),
-        ("fossil", "Does the fossil lie in the oldest or the youngest layer?", age, ("oldest", "youngest"))]
+        ("fossil", "Does the cliff hold a fossil?", YES_NO[fossil], YES_NO)]
 
 
 def astronomy(rng):
@@ -360,21 +360,21 @@ def materials(rng):
         return "white", shapes, caption, [
             ("grains", "How many grains does the metal have?", n, range(2, 5)),
             ("largest", "What colour is the largest grain?", colours[largest], HUES)]
-    hexagonal, impure, colour, corner = rng.random() < 0.5, rng.random() < 0.5, rng.choice(HUES), rng.choice(CORNERS)
-    place, shapes = (2 * corner.startswith("lower"), 2 * corner.endswith("right")), []
-    for row, column in [(row, column) for row in range(3) for column in range(3)]:
+    hexagonal, impure, n, colour = rng.random() < 0.5, rng.random() < 0.5, rng.randint(1, 3), rng.choice(HUES)
+    odd, shapes = dict(fill=("white", "black")[impure], width=2), []  # a ring marks an empty place
+    for i in range(9):
+        row, column = divmod(i, 3)
         x, y = 42 + 24 * (column - 1), 42 + 24 * (row - 1)
-        if hexagonal:  # every second row is moved by half the distance of the atoms; rows are closer
+        if hexagonal:  # every second row is moved by half the distance of the atoms, and rows are closer
             x, y = x + (6 if row == 1 else -6), 42 + 24 * (row - 1) * math.sqrt(3) / 2
-        odd = disc(x, y, 10, ("white", "black")[impure], width=2)  # a ring marks the empty place
-        shapes.append(odd if (row, column) == place else disc(x, y, 10, colour, colour))
+        shapes.append(disc(x, y, 10, **odd) if i < n else disc(x, y, 10, colour, colour))
     lattice, defect = ("square", "hexagonal")[hexagonal], ("vacancy", "impurity")[impure]
-    caption = (f"A {lattice} lattice of atoms. The colour of the atoms is {colour}. In the {corner} part there is one "
-               f"{defect}.")
+    caption = (f"A {lattice} lattice of atoms. The colour of the atoms is {colour}. The kind of the defects is {defect} "
+               f"and their number is {n}.")
     return "white", shapes, caption, [
         ("lattice", "Is the lattice square or hexagonal?", lattice, ("square", "hexagonal")),
-        ("defect", "Is the defect a vacancy or an impurity?", defect, ("vacancy", "impurity")),
-        ("place", "Where is the defect?", corner, CORNERS),
+        ("defect", "Of which kind are the defects, vacancy or impurity?", defect, ("vacancy", "impurity")),
+        ("defects", "How many defects has the lattice?", n, range(1, 4)),
         ("colour", "What colour are the atoms?", colour, HUES)]
 
 
@@ -495,8 +495,8 @@ def general_question(rng: random.Random, discipline: str = "general") -> Questio
          tomorrow, DAYS),
         ("general.legs", f"On {today} {name} and {other} see a {animal}. How many legs has it?",
          LEGS[animal], (2, 4, 6, 8)),
-        ("general.sum", f"{name} has {part} {thing} and gets {total - part} from {other}. How many {thing} are that?",
-         total, range(4, 10)),
+        ("general.sum", f"{name} has {part} {thing} and gets {total - part} from {other}. How many {thing} has {name} "
+         "now?", total, range(4, 10)),
         ("general.kind", f"{name} and {other} look for a {animal} on {today}. To which kind of animal does it belong?",
          KINDS[animal], sorted(set(KINDS.values())))]))
 
@@ -517,19 +517,19 @@ def text_question(rng: random.Random, discipline: str) -> Question:
 
 
 def solved(rng: random.Random, q: Question) -> str:
-    q = multiple_choice(rng, q) if rng.random() < 0.5 else q
+    q = multiple_choice(rng, q, rng.randrange(4)) if rng.random() < 0.5 else q
     return f"Question: {q.prompt}\nAnswer: {q.answer}"
 
 
 def text_document(rng: random.Random, discipline: str) -> str:
-    """25 to 150 words of facts, solved questions and described scenes; no text question in it is a held-out one."""
+    """About 25 to 150 words: facts, solved questions, perhaps a described scene; nothing in it is held out."""
     facts = [rng.choice(FACTS[discipline]) for _ in range(rng.randint(3, 5))]
     parts = list(dict.fromkeys(statement.format(*rng.choice(pairs(table))) for statement, table in facts))
     parts.append(solved(rng, draw(text_question, rng, discipline, False)))
     if discipline == "general":
         parts.append(solved(rng, draw(general_question, rng, discipline, False)))
     elif rng.random() < 0.5:
-        scene = make_scene(rng, discipline)
+        scene = draw(make_scene, rng, discipline, False)
         parts.append(f"Picture: {scene.caption}\n{solved(rng, rng.choice(scene.questions))}")
     rng.shuffle(parts)
     return "\n".join([f"Notes on {discipline}.", *parts])
@@ -552,7 +552,7 @@ def some_questions(rng: random.Random, scene: Scene, most: int) -> list[Question
     """1 to `most` different questions about the scene, some as multiple choice, half of these after their open form."""
     asked = []
     for q in rng.sample(scene.questions, min(rng.randint(1, most), len(scene.questions))):
-        asked.append(multiple_choice(rng, q) if rng.random() < MULTIPLE_CHOICE else q)
+        asked.append(multiple_choice(rng, q, rng.randrange(4)) if rng.random() < MULTIPLE_CHOICE else q)
         if most > 1 and asked[-1].options and rng.random() < 0.5:
             asked.insert(-1, q)
     return asked
@@ -612,12 +612,14 @@ def held_out_rows(rng, discipline: str, n: int, folder: Path) -> list[dict]:
             pool[scene.content] = scene, rng.choice(scene.questions)
     for scene, q in pool.values():
         cells[q.template][q.answer].append((scene, q))
-    rows = []
+    rows, place = [], 0
     for i in range(n):
         template, turn = sorted(cells)[i % len(cells)], i // len(cells)
         answers = sorted(cells[template])
         scene, q = cells[template][answers[turn % len(answers)]].pop()
-        q = multiple_choice(rng, q) if scene and rng.random() < MULTIPLE_CHOICE else q
+        if scene and rng.random() < MULTIPLE_CHOICE:
+            q = multiple_choice(rng, q, place)
+            place = (place + 1) % 4 if q.options else place
         name = f"{discipline.replace(' ', '_')}_{i:04d}"
         if scene:
             (folder / "images" / f"{name}.png").write_bytes(png(scene.image, name)["bytes"])
@@ -646,10 +648,6 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
     size = tokenizer.get_vocab_size()
     assert size == VOCABULARY, f"the texts of this scale gave {size} tokens, not {VOCABULARY}: use a larger --scale"
     return tokenizer
-
-
-def write_json(path: Path, value):
-    path.write_text(json.dumps(value, indent=1))
 
 
 def write_lines(path: Path, rows: list[dict]):
@@ -737,14 +735,15 @@ def draw_answers(path: Path, root: str, samples: list[dict]):
     pyplot.close(figure)
 
 
-def report(run: Path):
+def report(folder: Path):
     print(f"{'stage':<14}{'seconds':>9}{'loss first':>12}{'loss last':>11}")
     for stage in ("pretrain", "align", "mid", "instruct"):
-        log = [json.loads(row) for row in read(run / stage / "metrics.jsonl").splitlines()]
+        log = [json.loads(row) for row in read(folder / stage / "metrics.jsonl").splitlines()]
         first, last = (statistics.fmean(row["loss"] for row in rows) for rows in (log[:5], log[-5:]))
         print(f"{stage:<14}{log[-1]['seconds']:>9.0f}{first:>12.3f}{last:>11.3f}")
 
-    files = {name: json.loads(read(run / f"eval_{name}" / "results.json")) for name in ("before", "after", "shuffled")}
+    names = ("before", "after", "shuffled")
+    files = {name: json.loads(read(folder / f"eval_{name}" / "results.json")) for name in names}
     before, after, shuffled = (file["results"]["toy"] for file in files.values())
     print(f"\n{'discipline':<14}{'n':>5}{'chance':>8}{'before':>8}{'after':>8}{'images shuffled':>17}")
     groups = [(name, *(part["by_group"][name] for part in (before, after, shuffled))) for name in after["by_group"]]
@@ -753,9 +752,9 @@ def report(run: Path):
         print(f"{name:<14}{parts[1]['n']:>5}{parts[1]['chance']:>8.3f}{accuracies}")
     blind, guess = shuffled["acc_picture"], shuffled["chance_picture"]
     print(f"\nquestions with a picture, images shuffled: {blind:.3f}, chance {guess:.3f}")
-    samples = [json.loads(row) for row in read(run / "eval_after" / "samples_toy.jsonl").splitlines()]
-    draw_answers(run / "demo.png", files["after"]["root"], samples)
-    print(f"wrote {run / 'demo.png'}")
+    samples = [json.loads(row) for row in read(folder / "eval_after" / "samples_toy.jsonl").splitlines()]
+    draw_answers(folder / "demo.png", files["after"]["root"], samples)
+    print(f"wrote {folder / 'demo.png'}")
 
     missed = [f"overall accuracy {after['acc']:.3f} is under 0.75"] if after["acc"] < 0.75 else []
     missed += [f"{name}: accuracy {part['acc']:.3f} is under 0.5" for name, _, part, _ in groups if part["acc"] < 0.5]

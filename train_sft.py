@@ -41,12 +41,12 @@ from model import Innovator, checkpoint_folder, config_of, init_weights, load_we
 MODULES = {"language_model": ("model.", "lm_head."), "adapter": ("visual.merger.",),
            "vision_model": ("visual.patch_embed.", "visual.class_", "visual.pre_layernorm.", "visual.blocks.")}
 STAGES = {
-    "pretrain": dict(trainable=["language_model"], lr=3e-4, min_lr=3e-5, warmup=0.01, weight_decay=0.1, beta2=0.95, steps=10000,
-                     batch=64, unit="packs", seq_len=8192, max_side=0),
+    "pretrain": dict(trainable=["language_model"], lr=3e-4, min_lr=3e-5, warmup=0.01, weight_decay=0.1, beta2=0.95,
+                     steps=10000, batch=64, unit="packs", seq_len=8192, max_side=0),
     "align": dict(trainable=["adapter"], lr=1e-4, min_lr=1e-6, warmup=0.002, weight_decay=0.0, beta2=0.99, steps=4000,
                   batch=8, unit="packs", seq_len=8192, max_side=0),
-    "mid": dict(trainable=["language_model", "adapter", "vision_model"], lr=1e-5, min_lr=1e-6, warmup=0.002, weight_decay=0.01,
-                beta2=0.95, steps=78373, batch=96, unit="packs", seq_len=8192, max_side=0),
+    "mid": dict(trainable=["language_model", "adapter", "vision_model"], lr=1e-5, min_lr=1e-6, warmup=0.002,
+                weight_decay=0.01, beta2=0.95, steps=78373, batch=96, unit="packs", seq_len=8192, max_side=0),
     "instruct": dict(trainable=["language_model", "adapter", "vision_model"], lr=1e-5, min_lr=1e-6, warmup=0.002,
                      weight_decay=0.0, beta2=0.99, steps=171875, batch=288, unit="rows", seq_len=32768, max_side=1000),
 }
@@ -54,7 +54,7 @@ STAGES = {
 
 @dataclass
 class Config:
-    stage: Literal["align", "mid", "instruct", "pretrain"]  # row of the stage table: the defaults of the fields marked *
+    stage: Literal["align", "mid", "instruct", "pretrain"]  # row of the stage table: defaults of the fields marked *
     model: str  # checkpoint folder, run folder, or preset:NAME for random weights
     data: list[str]  # files or folders in any published format
     out: str  # folder of this run
@@ -115,8 +115,9 @@ def learning_rate(c: Config, step: int) -> float:
 def _save_policy():
     """Keeps attention outputs and every second matrix product of a block; everything else is computed again."""
     ops, count = torch.ops, 0
-    keep = {getattr(ops.aten, n).default for n in ("_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention",
-            "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention_for_cpu")}
+    keep = {getattr(ops.aten, n).default for n in (
+        "_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention_for_cpu")}
     for namespace, name in (("torch_attn", "_varlen_attn"), ("flash_attn", "_flash_attn_varlen_forward")):
         if hasattr(getattr(ops, namespace), name):
             keep.add(getattr(getattr(ops, namespace), name).default)
@@ -133,7 +134,8 @@ def _save_policy():
 def _selective_contexts():
     # forward and recomputation each count their own products, so both make the same choices
     forward, again = _save_policy(), _save_policy()
-    return create_selective_checkpoint_contexts(lambda ctx, *a, **k: (again if ctx.is_recompute else forward)(ctx, *a, **k))
+    return create_selective_checkpoint_contexts(
+        lambda ctx, *a, **k: (again if ctx.is_recompute else forward)(ctx, *a, **k))
 
 
 def prepare_blocks(model: Innovator, recompute: str, compile: bool) -> None:
@@ -157,11 +159,14 @@ def build(c: Config, device: torch.device) -> tuple[Innovator, Tokenizer]:
         config.vocab_size = max(config.vocab_size, math.ceil(tok.size / 128) * 128)
         if c.stage == "pretrain":
             config.vision = None
-    assert tok.size <= config.vocab_size, f"the tokenizer has {tok.size} tokens, the model's embedding {config.vocab_size} rows"
+    assert tok.size <= config.vocab_size, \
+        f"the tokenizer has {tok.size} tokens, the model's embedding {config.vocab_size} rows"
     assert tok.image_pad == config.image_token_id or config.vision is None, \
         f"<|image_pad|> is {tok.image_pad} in the tokenizer, {config.image_token_id} in config.json"
-    assert config.vision is not None or c.stage == "pretrain", f"{c.model} has no vision tower; make one: python upcycle.py stage0 -h"
-    assert c.seq_len <= config.max_position_embeddings, f"seq_len {c.seq_len} exceeds the model's {config.max_position_embeddings}"
+    assert config.vision is not None or c.stage == "pretrain", \
+        f"{c.model} has no vision tower; make one: python upcycle.py stage0 -h"
+    assert c.seq_len <= config.max_position_embeddings, \
+        f"seq_len {c.seq_len} exceeds the model's {config.max_position_embeddings}"
     model = Innovator.on_meta(config)
     model.attention, model.assets = c.attention, tok.path.parent
     prefixes = tuple(p for name in c.trainable for p in MODULES[name])
@@ -182,7 +187,8 @@ def adamw(model: Innovator, c: Config) -> torch.optim.AdamW:
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in params if p.ndim >= 2], weight_decay=c.weight_decay),
               dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps,
+                             fused=True)
 
 
 def stop_non_finite(c: Config, step: int, packs: list, losses: list[float], norm: float) -> None:
@@ -195,16 +201,17 @@ def stop_non_finite(c: Config, step: int, packs: list, losses: list[float], norm
     file = Path(c.out) / f"non_finite_step_{step}.json"
     if is_rank0():
         common.write_json(file, names)
-    raise UserError(f"step {step}: loss or gradient norm ({norm}) is not finite; nothing was updated. {len(names)} documents in the "
-                    f"packs concerned: {', '.join(names[:4])}{' ...' if len(names) > 4 else ''}; all are in {file}")
+    raise UserError(f"step {step}: loss or gradient norm ({norm}) is not finite; nothing was updated. "
+                    f"{len(names)} documents in the packs concerned: {', '.join(names[:4])}"
+                    f"{' ...' if len(names) > 4 else ''}; all are in {file}")
 
 
 def save(c: Config, model, optimizer, step: int, loader_state: dict, seconds: float) -> Path:
     folder = Path(c.out) / f"step_{step:08d}"
     with common.atomic_dir(folder) as tmp:
         save_weights(model, tmp, model.mixed_dtype)
-        common.save_state(model, optimizer, tmp, {"step": step, "loader": loader_state, "seconds": seconds, "world": world(),
-                                                  "config": asdict(c), "commit": common.commit()})
+        common.save_state(model, optimizer, tmp, {"step": step, "loader": loader_state, "seconds": seconds,
+                                                  "world": world(), "config": asdict(c), "commit": common.commit()})
     if is_rank0():
         for old in sorted(Path(c.out).glob("step_????????"))[:-c.keep]:
             common.remove_dir(old)
@@ -226,18 +233,19 @@ def main() -> None:
     model, tok = build(c, device)
     optimizer = adamw(model, c)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print0(f"{c.stage}: {c.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {trained:,} train; {world()} x {device.type}, "
-           f"{c.dtype}, attention {model.impl}, recompute {c.recompute}, compile {'on' if c.compile else 'off'}")
+    print0(f"{c.stage}: {c.model}, {sum(p.numel() for p in model.parameters()):,} parameters, {trained:,} train; "
+           f"{world()} x {device.type}, {c.dtype}, attention {model.impl}, recompute {c.recompute}, "
+           f"compile {'on' if c.compile else 'off'}")
     print0("config:", json.dumps(asdict(c)), "commit:", common.commit())
 
     # what a document costs, up to a common factor: FLOPs per token, token^2, patch, patch^2
     vit, linear = model.config.vision, model.train_flops([1], [], 0)
     cost = [linear, model.train_flops([1000], [], 0) / 1e6 - linear / 1e3]
     cost += [72 * vit.embed_dim ** 2 * vit.depth, 12 * vit.embed_dim * vit.depth] if vit else [0, 0]
-    loader = Loader(Source(c.data, str(tok.path), Limits(c.min_pixels, c.max_pixels, c.max_side), c.seq_len), c.batch, c.unit,
-                    seed=c.seed, rank=rank(), world=world(), workers=c.workers, prefetch=c.prefetch, window=c.window,
-                    plan=c.plan or None, pad=c.compile, average=c.loss_average, vision=vit is not None, on_bad=c.on_bad,
-                    max_bad=c.max_bad, bad_file=out / f"bad_rows_rank{rank()}.jsonl", cost=cost)
+    loader = Loader(Source(c.data, str(tok.path), Limits(c.min_pixels, c.max_pixels, c.max_side), c.seq_len), c.batch,
+                    c.unit, seed=c.seed, rank=rank(), world=world(), workers=c.workers, prefetch=c.prefetch,
+                    window=c.window, plan=c.plan or None, pad=c.compile, average=c.loss_average, vision=vit is not None,
+                    on_bad=c.on_bad, max_bad=c.max_bad, bad_file=out / f"bad_rows_rank{rank()}.jsonl", cost=cost)
     before = 0.0
     if resumed:
         trainer = common.load_state(model, optimizer, resumed)
@@ -262,15 +270,16 @@ def main() -> None:
         t0 = time.perf_counter()
         data = next(steps)
         t1 = time.perf_counter()
-        # host-side totals of the step over all ranks: the loss's denominator must be known before the first backward pass
+        # host-side totals of the step over all ranks: the loss's denominator is needed before the first backward pass
         totals = torch.tensor([sum(p.denominator for p in data.packs), sum(p.tokens for p in data.packs),
-                               sum(model.train_flops(p.lengths, p.grids, len(p.rows)) for p in data.packs)], dtype=torch.float64)
+                               sum(model.train_flops(p.lengths, p.grids, len(p.rows)) for p in data.packs)],
+                              dtype=torch.float64)
         dist.all_reduce(totals)
         denominator, tokens, flops = totals.tolist()
         losses = []
         for p in data.packs:
             loss, _ = model(to_device(p, device, model.impl, dtype))
-            (loss * (world() / max(denominator, 1))).backward()  # sharding averages gradients over ranks; the sum is meant
+            (loss * (world() / max(denominator, 1))).backward()  # sharding averages over ranks; the sum is meant
             losses.append(loss.detach())
         norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -290,8 +299,9 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
-        row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": int(tokens), "supervised": denominator,
-               "tok_s": tokens / (now - t0), "wait_s": t1 - t0, "seconds": before + now - began, "epoch": data.state["epoch"],
+        row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "tokens": int(tokens),
+               "supervised": denominator, "tok_s": tokens / (now - t0), "wait_s": t1 - t0,
+               "seconds": before + now - began, "epoch": data.state["epoch"],
                "bad_rows": sum(data.state["bad"].values())}
         if peak:
             row |= {"mfu": flops / (now - t0) / world() / peak, "peak_gb": torch.cuda.max_memory_allocated() / 2 ** 30}
@@ -299,18 +309,23 @@ def main() -> None:
         if c.log_samples:
             with open(out / f"samples_rank{rank()}.jsonl", "a") as f:
                 f.write(json.dumps({"step": step, "samples": [p.names for p in data.packs]}) + "\n")
-        bar.set_postfix_str(f"loss {loss:.4f} norm {norm:.2f} {row['tok_s']:.0f} tok/s" + (
-            f" MFU {row['mfu']:.1%} {row['peak_gb']:.0f} GB" if peak else "") + (f" bad {row['bad_rows']}" if row["bad_rows"] else ""))
+        bar.set_postfix_str(f"loss {loss:.4f} norm {norm:.2f} {row['tok_s']:.0f} tok/s"
+                            + (f" MFU {row['mfu']:.1%} {row['peak_gb']:.0f} GB" if peak else "")
+                            + (f" bad {row['bad_rows']}" if row["bad_rows"] else ""))
         bar.update()
         if step % c.save_every == 0 or step == c.steps or stop:
             save(c, model, optimizer, step, data.state, row["seconds"])
     bar.close()
     steps.close()
     if is_rank0():
-        print(f"wrote {common.latest(out)}, {out / 'metrics.jsonl'}" + (f", {common.plot_metrics(out)}" if step > start else ""))
-        following = {"pretrain": "python upcycle.py stage0 --llm {0} ...", "align": "train_sft.py --stage mid --model {0} ...",
-                     "mid": "train_sft.py --stage instruct --model {0} ...", "instruct": "python evaluate.py {0}"}[c.stage]
-        print(f"stopped at step {step} of {c.steps}; go on with --resume" if step < c.steps else f"next: {following.format(c.out)}")
+        print(f"wrote {common.latest(out)}, {out / 'metrics.jsonl'}"
+              + (f", {common.plot_metrics(out)}" if step > start else ""))
+        following = {"pretrain": "python upcycle.py stage0 --llm {0} ...",
+                     "align": "train_sft.py --stage mid --model {0} ...",
+                     "mid": "train_sft.py --stage instruct --model {0} ...",
+                     "instruct": "python evaluate.py {0}"}[c.stage]
+        print(f"stopped at step {step} of {c.steps}; go on with --resume" if step < c.steps else
+              f"next: {following.format(c.out)}")
 
 
 if __name__ == "__main__":

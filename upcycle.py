@@ -1,6 +1,7 @@
 """Makes new checkpoints out of old ones. stage0: RICE-ViT + a Qwen decoder + a fresh PatchMerger -> Innovator-VL.
 
-    python upcycle.py stage0 --vit rice-vit-large-patch14-560 --llm Qwen3-8B-Base --processor Qwen2.5-VL-7B-Instruct --out stage0
+    python upcycle.py stage0 --vit rice-vit-large-patch14-560 --llm Qwen3-8B-Base
+                             --processor Qwen2.5-VL-7B-Instruct --out stage0
 
 The vision tower comes in the names of Transformers' MLCDVisionModel (MLCD below is the whole mapping); its
 post_layernorm is not used by Innovator-VL. The merger is N(0, 0.02) with zero biases, or comes from --adapter.
@@ -66,8 +67,8 @@ def read_rice_vit(path) -> tuple[VisionConfig, dict[str, torch.Tensor]]:
     c = json.loads(file.read_text())
     c = c.get("vision_config", c)
     config = VisionConfig(depth=c["num_hidden_layers"], embed_dim=c["hidden_size"], num_heads=c["num_attention_heads"],
-                          intermediate_size=c["intermediate_size"], in_channels=c["num_channels"], patch_size=c["patch_size"],
-                          layer_norm_eps=c["layer_norm_eps"])
+                          intermediate_size=c["intermediate_size"], in_channels=c["num_channels"],
+                          patch_size=c["patch_size"], layer_norm_eps=c["layer_norm_eps"])
     tensors = read_tensors(path, mlcd_name)
     for i in range(config.depth):
         for kind in ("weight", "bias"):
@@ -97,7 +98,8 @@ def stage0(c: Stage0) -> None:
     if c.vit.startswith("preset:"):
         vision = config_of(c.vit).vision
         if vision is None:
-            raise UserError(f"--vit {c.vit} has no vision tower; " + ", ".join(k for k, v in PRESETS.items() if v.vision) + " have")
+            raise UserError(f"--vit {c.vit} has no vision tower; "
+                            + ", ".join(k for k, v in PRESETS.items() if v.vision) + " have")
     else:
         vision, sources = read_rice_vit(c.vit)
         sources = {f"visual.{k}": v for k, v in sources.items()}
@@ -114,10 +116,12 @@ def stage0(c: Stage0) -> None:
     with torch.no_grad():
         for name, p in tqdm(list(model.named_parameters()), desc="stage 0", disable=None):
             source = sources.pop(name, None)
-            if source is None and (name.startswith("visual.merger.") or c.vit.startswith("preset:") and name.startswith("visual.")):
+            if source is None and (name.startswith("visual.merger.")
+                                   or c.vit.startswith("preset:") and name.startswith("visual.")):
                 fresh.append(name)
             elif source is None or source.shape != p.shape:
-                wrong.append(f"{name} needs {list(p.shape)}, " + ("missing" if source is None else f"found {list(source.shape)}"))
+                wrong.append(f"{name} needs {list(p.shape)}, "
+                             + ("missing" if source is None else f"found {list(source.shape)}"))
             else:
                 p.copy_(source)
     wrong += [f"{name} has no place" for name in sources]
@@ -134,7 +138,8 @@ def main() -> None:
     commands = {"stage0": (Stage0, stage0)}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(__doc__ if {"-h", "--help"} & set(sys.argv) else "", end="")
-        raise UserError(f"usage: python upcycle.py {'|'.join(commands)} ...; a command followed by -h lists its options")
+        raise UserError(f"usage: python upcycle.py {'|'.join(commands)} ...; "
+                        "a command followed by -h lists its options")
     cls, fn = commands[sys.argv[1]]
     fn(parse(cls, sys.argv[2:], __doc__))
 

@@ -42,7 +42,8 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name == "auto":
         return next(n for n in IMPLEMENTATIONS if can[n])
     assert name in can, f"attention {name!r}: choose one of {', '.join(IMPLEMENTATIONS)} or auto"
-    assert can[name], f"attention {name!r} needs a CUDA device, bf16 or fp16 and the package: here {device.type}, {dtype}"
+    assert can[name], (
+        f"attention {name!r} needs a CUDA device, bf16 or fp16 and the package: here {device.type}, {dtype}")
     return name
 
 
@@ -70,7 +71,8 @@ class Documents:
                 valid = ar < n  # [n, L]
                 rows = torch.where(valid, start + ar, start)
                 order.append(rows[valid])
-                buckets.append((rows.flatten().to(device), len(members), None if bool(valid.all()) else valid.to(device)))
+                buckets.append((rows.flatten().to(device), len(members),
+                                None if bool(valid.all()) else valid.to(device)))
         back = torch.cat(order).argsort().to(device) if order else None
         longest = 1 << max(max(lengths, default=1) - 1, 0).bit_length()
         return Documents(lengths, cu, longest, buckets, back)
@@ -86,7 +88,8 @@ def _sdpa(q_THd, k_TKd, v_TKd, docs: Documents, causal: bool):
         q, k, v = (x.index_select(0, rows).view(n, -1, *x.shape[1:]).transpose(1, 2) for x in (q_THd, k_TKd, v_TKd))
         # a padded key stands after every real query of its document, so the causal mask alone hides it
         mask = None if causal or valid is None else valid[:, None, None, :]
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
+                                           enable_gqa=q.shape[1] != k.shape[1])
         o = o.transpose(1, 2)  # [n, L, H, d]
         out.append(o.flatten(0, 1) if valid is None else o[valid])
     return torch.cat(out).index_select(0, docs.back)
@@ -117,7 +120,8 @@ if __name__ == "__main__":
     print(f"{'shape':34} {'path':11} {'max error':>10} {'fwd+bwd ms':>11} {'TFLOP/s':>8}")
     for name, lengths, H, K, d, causal in (
             ("decoder, one document", [8192 // scale], 32, 8, 128, True),
-            ("decoder, ragged documents", [n // scale for n in (4096, 2048, 1024, 512, 256, 160, 96)], 32, 8, 128, True),
+            ("decoder, ragged documents", [n // scale for n in (4096, 2048, 1024, 512, 256, 160, 96)], 32, 8, 128,
+             True),
             ("vision, four images", [n // scale for n in (4096, 2304, 1024, 784)], 16, 16, 64, False)):
         T = sum(lengths)
         q, k, v = (torch.randn(T, n, d, device=device, dtype=dtype, requires_grad=True) for n in (H, K, K))

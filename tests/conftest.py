@@ -1,4 +1,5 @@
-"""Shared by the tests: where real data may lie, a small tokenizer, a small toy world, and running scripts as users do."""
+"""Shared by the tests: where real data may lie, a small tokenizer, a small toy world, and running scripts
+as users do."""
 import os
 import subprocess
 import sys
@@ -13,7 +14,8 @@ REFERENCE = Path(__file__).parent / "reference_innovator_vl_tiny"
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
-needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="the folder ../shared (real data and tokenizer) is not here")
+needs_shared = pytest.mark.skipif(not SHARED.exists(),
+                                  reason="the folder ../shared (real data and tokenizer) is not here")
 
 
 def launch(*args, nproc: int = 1, check: bool = True, background: bool = False):

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 import data
 from common import UserError
-from data import (BadRow, Dataset, Limits, Loader, Source, Tokenizer, best_fit_decreasing, costs, deal, encode, encode_chat,
-                  normalise, patchify, smart_resize, split_evenly, target_size)
+from data import (BadRow, Dataset, Limits, Loader, Source, Tokenizer, best_fit_decreasing, costs, deal, encode,
+                  encode_chat, normalise, patchify, smart_resize, split_evenly, target_size)
 
 FORMATS = SHARED / "data" / "formats"
 
@@ -65,7 +65,7 @@ def test_resize_limits():
             target_size(w, h, Limits())
 
 
-# ---- chat template: ids checked by hand against the published template and vocabulary ---------------------------------
+# ---- chat template: ids checked by hand against the published template and vocabulary -------------------------------
 HEAD = [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198]  # system, "You are a helpful assistant."
 USER, TURN = [151644, 872, 198], [151645, 198, 151644, 77091, 198]  # "<|im_start|>user\n"; end of it to "assistant\n"
 CHATS = [  # (messages, tokens per image, [(ids, trained?)])
@@ -76,8 +76,8 @@ CHATS = [  # (messages, tokens per image, [(ids, trained?)])
      [(HEAD + USER + [16, 10, 16, 30] + TURN, 0), ([17, 151645], 1),
       ([198] + USER + [3036, 220, 17, 10, 17, 30] + TURN, 0), ([19, 151645], 1)]),
     ([user("<image>\n<image>\nSame?"), assistant("No.")], [2, 3],
-     [(HEAD + USER + [151652] + [151655] * 2 + [151653, 198, 151652] + [151655] * 3 + [151653, 198, 19198, 30] + TURN, 0),
-      ([2753, 13, 151645], 1)]),
+      [(HEAD + USER + [151652] + [151655] * 2 + [151653, 198, 151652] + [151655] * 3 + [151653, 198, 19198, 30] + TURN,
+        0), ([2753, 13, 151645], 1)]),
     ([user("What is this?\n<image>"), assistant("E")], [4],
      [(HEAD + USER + [3838, 374, 419, 5267, 151652] + [151655] * 4 + [151653] + TURN, 0), ([36, 151645], 1)]),
 ]
@@ -111,8 +111,8 @@ def test_literal_image_pad_in_text_is_a_bad_row(tokenizer):
 # ---- readers --------------------------------------------------------------------------------------------------------
 @needs_shared
 @pytest.mark.parametrize("folder, rows, docs, images", [
-    ("llava_558k", 200, 200, 200), ("wds_packed", 80, 159, 159), ("wds_sft", 80, 80, 79), ("instruct_46m", 102, 102, 90),
-    ("rl_172k", 155, 155, 70), ("midtraining_85m", 60, 60, 60)])
+    ("llava_558k", 200, 200, 200), ("wds_packed", 80, 159, 159), ("wds_sft", 80, 80, 79),
+    ("instruct_46m", 102, 102, 90), ("rl_172k", 155, 155, 70), ("midtraining_85m", 60, 60, 60)])
 def test_published_formats(folder, rows, docs, images):
     dataset = Dataset([str(FORMATS / folder)])
     got = [dataset.row(i) for i in range(len(dataset))]
@@ -131,17 +131,19 @@ def test_multi_turn_text_only_and_system_rows():
 
 BROKEN = {  # file -> row -> reason
     "llava_bad_rows.json": {
-        "empty_conversations": "conversation is empty", "no_conversations_key": "no conversation", "missing_file": "not found",
-        "undecodable": "cannot be decoded", "truncated_jpeg": "cannot be decoded", "tag_but_no_image": "1 <image> tag(s) but 0",
-        "image_but_no_tag": "0 <image> tag(s) but 1", "two_tags_one_image": "2 <image> tag(s) but 1",
-        "aspect_300_to_1": "aspect ratio over 200", "one_pixel": "1 x 1 pixels", "empty_answer": "answer is empty",
-        "assistant_only": "turns must go user", "unknown_speaker": "speaker 'robot'", "ok": "already used"},
+        "empty_conversations": "conversation is empty", "no_conversations_key": "no conversation",
+        "missing_file": "not found", "undecodable": "cannot be decoded", "truncated_jpeg": "cannot be decoded",
+        "tag_but_no_image": "1 <image> tag(s) but 0", "image_but_no_tag": "0 <image> tag(s) but 1",
+        "two_tags_one_image": "2 <image> tag(s) but 1", "aspect_300_to_1": "aspect ratio over 200",
+        "one_pixel": "1 x 1 pixels", "empty_answer": "answer is empty", "assistant_only": "turns must go user",
+        "unknown_speaker": "speaker 'robot'", "ok": "already used"},
     "SFT_bad_rows.parquet": {
         "empty_bytes": "no bytes", "null_image_with_tag": "1 <image> tag(s) but 0", "undecodable": "cannot be decoded",
         "empty_conversations": "conversation is empty", "null_conversations": "no conversation", "ok": "already used"},
     "bad_lines.jsonl": {"line 3": "not UTF-8", "line 4": "empty", "line 6": "not valid JSON"},
-    "image_count_mismatch.tar": {"b_two_tags_one_image": "2 <image> tag(s) but 1", "c_no_tag_one_image": "0 <image> tag(s) but 1",
-                                 "d_name_not_in_tar": "not in the archive"},
+    "image_count_mismatch.tar": {
+        "b_two_tags_one_image": "2 <image> tag(s) but 1", "c_no_tag_one_image": "0 <image> tag(s) but 1",
+        "d_name_not_in_tar": "not in the archive"},
     "json_without_images.tar": {"ps_00000001": "not in the archive", "ps_00000002": "no list of images"},
     "undecodable_image.tar": {"ps_00000001": "cannot be decoded"},
     "truncated.tar": {"end of file": "cut or damaged", "ps_00000004": "ends inside this sample"},
@@ -164,7 +166,8 @@ def test_every_broken_file_gives_its_reason(file):
 
 
 def loader(paths, tok, **options):
-    source = Source([str(p) for p in (paths if isinstance(paths, list) else [paths])], str(tok), Limits(), options.pop("seq_len", 2048))
+    source = Source([str(p) for p in (paths if isinstance(paths, list) else [paths])], str(tok), Limits(),
+                    options.pop("seq_len", 2048))
     return Loader(source, **({"batch": 4, "unit": "rows"} | options))
 
 
@@ -173,17 +176,18 @@ def test_on_bad_stop_names_file_row_and_reason():
     tok = SHARED / "data" / "qwen_tokenizer"
     with pytest.raises(UserError) as e:
         next(iter(loader(FORMATS / "broken" / "undecodable_image.tar", tok)))
-    assert "undecodable_image.tar, ps_00000001 (row 1): image 0 cannot be decoded" in str(e.value) and "--on-bad skip" in str(e.value)
+    assert ("undecodable_image.tar, ps_00000001 (row 1): image 0 cannot be decoded" in str(e.value)
+            and "--on-bad skip" in str(e.value))
 
 
 @needs_shared
 def test_on_bad_skip_counts_lists_and_has_a_limit(tmp_path):
     tok, folder, file = SHARED / "data" / "qwen_tokenizer", FORMATS / "broken", tmp_path / "bad.jsonl"
-    steps = iter(loader([folder / "llava_bad_rows.json", folder / "truncated.tar", folder / "bad_lines.jsonl"], tok, on_bad="skip",
-                        max_bad=0.9, bad_file=file, batch=28))
+    steps = iter(loader([folder / "llava_bad_rows.json", folder / "truncated.tar", folder / "bad_lines.jsonl"], tok,
+                        on_bad="skip", max_bad=0.9, bad_file=file, batch=28))
     step = next(steps)
     names = [n for p in step.packs for n in p.names]
-    assert len(names) == 3 + 7 + 4  # llava (the repeated id too), the 4 whole packs of truncated.tar hold 7 pairs, jsonl
+    assert len(names) == 3 + 7 + 4  # llava (a repeated id too), the 4 whole packs of truncated.tar hold 7 pairs, jsonl
     listed = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(listed) == sum(step.state["bad"].values()) == 13 + 2 + 3
     with pytest.raises(UserError, match="more than --max-bad"):
@@ -263,8 +267,8 @@ def names_of(steps, n): return [sorted(name for p in next(steps).packs for name 
 @pytest.mark.parametrize("unit, batch", [("packs", 4), ("rows", 16)])
 def test_order_does_not_depend_on_ranks_or_workers(toy, unit, batch):
     def run(world, workers=0):
-        loaders = [iter(loader(toy / "mid", toy / "tokenizer", seq_len=512, unit=unit, batch=batch, window=64, rank=r, world=world,
-                               workers=workers, seed=5)) for r in range(world)]
+        loaders = [iter(loader(toy / "mid", toy / "tokenizer", seq_len=512, unit=unit, batch=batch, window=64, rank=r,
+                               world=world, workers=workers, seed=5)) for r in range(world)]
         out = []
         for _ in range(20):  # past the end of the first epoch
             steps = [next(it) for it in loaders]

@@ -155,7 +155,8 @@ def checkpoint(tokenizer, tmp_path_factory) -> Path:
 
 
 def save(tokenizer: Path, folder: Path, says: str = "", seed: int = 0) -> Path:
-    """A tiny checkpoint. `says`: its blocks do nothing and its head continues a prompt with these characters and stops."""
+    """A tiny checkpoint. `says`: its blocks do nothing and its head continues a prompt with these characters and
+    stops."""
     tok = Tokenizer(tokenizer)
     model = Innovator.from_config(replace(PRESETS["tiny"], token_ids=tok.token_ids()), seed=seed)
     model.assets = tokenizer
@@ -181,8 +182,8 @@ def world(tmp_path) -> Path:
     for k in range(8):
         Image.new("RGB", (28 * (2 + k % 3), 56), (30 * k, 255 - 30 * k, 128)).save(folder / f"heldout/images/{k}.png")
         rows.append(dict(id=f"p{k}", question="How many corners has the shape?" + " really?" * (k % 4), options=None,
-                         answer=str(3 + k % 2), answer_type="number", discipline=("mathematics", "physics")[k % 2], template="x",
-                         image=f"images/{k}.png", chance=0.5))
+                         answer=str(3 + k % 2), answer_type="number", discipline=("mathematics", "physics")[k % 2],
+                         template="x", image=f"images/{k}.png", chance=0.5))
     for k in range(3):
         rows.append(dict(id=f"t{k}", question="Which is red?" * (1 + k), options=["blue", "red"], answer="B",
                          answer_type="multiple-choice", discipline="general", template="y", image=None, chance=0.5))
@@ -204,10 +205,11 @@ def run_here(monkeypatch, *args) -> None:
 
 
 def run_script(*args, nproc: int = 0, **options) -> subprocess.CompletedProcess:
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    env = {k: v for k, v in os.environ.items()
+           if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)] if nproc else []
-    return subprocess.run([sys.executable, *torchrun, str(ROOT / args[0]), *map(str, args[1:])], capture_output=True, text=True,
-                          env=env | {"OMP_NUM_THREADS": "1"}, timeout=120, **options)
+    return subprocess.run([sys.executable, *torchrun, str(ROOT / args[0]), *map(str, args[1:])], capture_output=True,
+                          text=True, env=env | {"OMP_NUM_THREADS": "1"}, timeout=120, **options)
 
 
 def final(out: Path) -> tuple[bytes, bytes]:
@@ -231,7 +233,8 @@ def test_scores_and_table(tokenizer, world, tmp_path, monkeypatch, capsys):
                                    "Answer with the option's letter from the given choices directly.")
     toy = results["results"]["toy"]
     assert (toy["n"], toy["n_picture"], toy["acc_picture"], toy["n_text"], toy["acc_text"]) == (11, 8, 0.5, 3, 0)
-    assert toy["by_group"] == {"mathematics": {"acc": 0, "n": 4, "chance": 0.5}, "physics": {"acc": 1, "n": 4, "chance": 0.5},
+    assert toy["by_group"] == {"mathematics": {"acc": 0, "n": 4, "chance": 0.5},
+                               "physics": {"acc": 1, "n": 4, "chance": 0.5},
                                "general": {"acc": 0, "n": 3, "chance": 0.5}}
     assert (toy["truncated"], toy["unparsed"], toy["errors"]) == (0, 3, 0)  # "4" names no letter
     assert toy["stderr"] == pytest.approx((4 / 11 * 7 / 11 / 10) ** 0.5)
@@ -245,15 +248,17 @@ def test_rescore_is_idempotent_and_reads_changed_answers(tokenizer, world, tmp_p
     (four / "model.safetensors").unlink()
     run_here(monkeypatch, four, "--tasks", "toy", "--data-root", world, "--rescore")
     assert final(four / "eval") == before
-    write_rows(world, [r | {"answer": "4", "options": None, "answer_type": "number"} for r in read_lines(world / "heldout/toy.jsonl")])
+    write_rows(world, [r | {"answer": "4", "options": None, "answer_type": "number"}
+                       for r in read_lines(world / "heldout/toy.jsonl")])
     run_here(monkeypatch, "--tasks", "toy", "--data-root", world, "--rescore", "--out", four / "eval")
     assert json.loads(final(four / "eval")[1])["results"]["toy"]["acc"] == 1
 
 
 def test_batches_and_resume(checkpoint, world, tmp_path, monkeypatch):
-    """Rows do not change each other; killed in the middle of a line and resumed, the files are byte for byte the same, and
-    only what is missing is generated."""
-    def run(out, *more): run_here(monkeypatch, checkpoint, *COMMON, "--data-root", world, "--out", tmp_path / out, *more)
+    """Rows do not change each other; killed in the middle of a line and resumed, the files are byte for byte the same,
+    and only what is missing is generated."""
+    def run(out, *more):
+        run_here(monkeypatch, checkpoint, *COMMON, "--data-root", world, "--out", tmp_path / out, *more)
     run("straight")
     samples, results = final(tmp_path / "straight")
     run("alone", "--batch", "1")
@@ -308,8 +313,8 @@ def test_changed_checkpoint_or_budget_reads_no_old_response(tokenizer, checkpoin
 def test_one_two_and_four_processes(checkpoint, world, tmp_path, monkeypatch):
     run_here(monkeypatch, checkpoint, *COMMON, "--data-root", world, "--out", tmp_path / "p1")
     for n in (2, 4):
-        done = run_script("evaluate.py", checkpoint, *COMMON, "--data-root", world, "--threads", 1, "--out", tmp_path / f"p{n}",
-                          nproc=n)
+        done = run_script("evaluate.py", checkpoint, *COMMON, "--data-root", world, "--threads", 1,
+                          "--out", tmp_path / f"p{n}", nproc=n)
         assert done.returncode == 0, done.stderr[-2000:]
         assert final(tmp_path / f"p{n}") == final(tmp_path / "p1")
 
@@ -348,14 +353,17 @@ def test_bad_images_are_counted_and_mended(checkpoint, world, tmp_path, monkeypa
 
 def test_absent_data_and_user_errors(checkpoint, world, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as e:
-        run_here(monkeypatch, checkpoint, *COMMON[2:], "--tasks", "gsm8k", "toy", "--data-root", world, "--out", tmp_path / "out")
+        run_here(monkeypatch, checkpoint, *COMMON[2:], "--tasks", "gsm8k", "toy", "--data-root", world,
+                 "--out", tmp_path / "out")
     assert e.value.code == 1 and "gsm8k: not evaluated: " + str(world / "gsm8k/test.jsonl") in capsys.readouterr().out
     assert list(json.loads((tmp_path / "out/results.json").read_text())["results"]) == ["toy"]
     run_here(monkeypatch, "--list", "--data-root", world)
     assert "gsm8k/test.jsonl  (not there)" in capsys.readouterr().out
     for args, message in (((checkpoint, "--tasks", "toi"), "choose from toy"), ((checkpoint,), "say what to evaluate"),
-                          (("--tasks", "toy"), "usage:"), ((tmp_path / "nothing", *COMMON, "--data-root", world), "not found"),
-                          ((checkpoint, *COMMON, "--data-root", world, "--rescore", "--out", tmp_path / "new"), "not found")):
+                          (("--tasks", "toy"), "usage:"),
+                          ((tmp_path / "nothing", *COMMON, "--data-root", world), "not found"),
+                          ((checkpoint, *COMMON, "--data-root", world, "--rescore", "--out", tmp_path / "new"),
+                           "not found")):
         with pytest.raises((AssertionError, common.UserError), match=message):
             run_here(monkeypatch, *args)
     write_rows(world, [read_lines(world / "heldout/toy.jsonl")[0] | {"answer": "red"}])
@@ -365,13 +373,15 @@ def test_absent_data_and_user_errors(checkpoint, world, tmp_path, monkeypatch, c
 
 @pytest.mark.skipif(not (SHARED / "gsm8k").exists(), reason="the folder ../shared/data is not here")
 def test_real_tasks_run(checkpoint, tmp_path, monkeypatch):
-    run_here(monkeypatch, checkpoint, "--tasks", "mathvision", "gsm8k", "--data-root", SHARED, "--out", tmp_path / "out", "--limit",
-             "3", "--max-new-tokens", "4", "--min-pixels", "3136", "--max-pixels", "50000", "--device", "cpu")
+    run_here(monkeypatch, checkpoint, "--tasks", "mathvision", "gsm8k", "--data-root", SHARED,
+             "--out", tmp_path / "out", "--limit", "3", "--max-new-tokens", "4", "--min-pixels", "3136",
+             "--max-pixels", "50000", "--device", "cpu")
     results = json.loads((tmp_path / "out/results.json").read_text())["results"]
     assert list(results) == ["mathvision", "gsm8k"]
     assert all((r["n"], r["truncated"], r["errors"]) == (3, 3, 0) for r in results.values())
     with pytest.raises(SystemExit):  # 2048 new tokens do not fit the context: nothing but errors is a failure
-        run_here(monkeypatch, checkpoint, "--tasks", "mathvision", "--data-root", SHARED, "--out", tmp_path / "none", "--limit", "2")
+        run_here(monkeypatch, checkpoint, "--tasks", "mathvision", "--data-root", SHARED, "--out", tmp_path / "none",
+                 "--limit", "2")
 
 
 # ---- chat -----------------------------------------------------------------------------------------------------------
@@ -380,13 +390,16 @@ def test_chat(tokenizer, world, tmp_path, monkeypatch):
     picture = world / "heldout/images/0.png"
     done = run_script("chat.py", says, "What", "is", "it?", "--device", "cpu", "--image", picture, picture)
     assert (done.returncode, done.stdout) == (0, "zé€😀\n"), done.stderr
-    done = run_script("chat.py", says, "--device", "cpu", input=f"Which?\n\n/image {picture}\nAnd this?\n/new\nAgain?\n")
+    done = run_script("chat.py", says, "--device", "cpu",
+                      input=f"Which?\n\n/image {picture}\nAnd this?\n/new\nAgain?\n")
     assert (done.returncode, done.stdout) == (0, "zé€😀\n" * 3), done.stderr
     broken = tmp_path / "broken.png"
     broken.write_bytes(picture.read_bytes()[:40])
     done = run_script("chat.py", says, "--image", broken, "What?", "--device", "cpu")
-    assert done.returncode == 2 and f"error: {broken}: not a readable picture" in done.stderr and done.stderr.count("\n") == 1
-    for args, message in (((tmp_path, "Hello"), "no checkpoint there"), ((says, "x " * 3000), "the model's context is 2048"),
+    assert (done.returncode == 2 and f"error: {broken}: not a readable picture" in done.stderr
+            and done.stderr.count("\n") == 1)
+    for args, message in (((tmp_path, "Hello"), "no checkpoint there"),
+                          ((says, "x " * 3000), "the model's context is 2048"),
                           ((says, "--image", world, "What?"), "not a readable picture"), (("--seed", "1"), "usage:"),
                           ((says, "Hello", "--top-p", "0"), "--top-p 0.0 must lie in")):
         monkeypatch.setattr(sys, "argv", ["chat.py", *map(str, args)])

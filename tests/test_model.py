@@ -40,7 +40,7 @@ def test_reference_outputs():
     model, e = Innovator.from_pretrained(REFERENCE), load_file(REFERENCE / "expected.safetensors")
     grids = [tuple(g) for g in e["image_grid_thw"].tolist()]
     with torch.no_grad():
-        close(model.visual(e["pixel_values"], grids), e["vision_out"], 2e-5)  # two images: the class-token strip matters
+        close(model.visual(e["pixel_values"], grids), e["vision_out"], 2e-5)  # two images: class-token strip matters
         close(model.logits(e["input_ids"], e["pixel_values"], e["image_grid_thw"]), e["logits"][0], 2e-5)
         close(model.logits(e["text_ids"]), e["text_logits"][0], 2e-5)
 
@@ -61,18 +61,20 @@ def test_names_and_sizes_of_the_released_checkpoint():
     model = Innovator.on_meta(PRESETS["innovator-vl-8b"])
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
     assert len(shapes) == 698 and sum(p.numel() for p in model.parameters()) == 8_527_214_624
-    expected = {"model.embed_tokens.weight": (151936, 4096), "lm_head.weight": (151936, 4096), "model.norm.weight": (4096,),
-                "visual.patch_embed.proj.weight": (1024, 3, 14, 14), "visual.class_embedding": (1024,),
-                "visual.class_pos_emb": (1, 32), "visual.merger.mlp.0.weight": (4096, 4096), "visual.merger.mlp.0.bias": (4096,),
+    expected = {"model.embed_tokens.weight": (151936, 4096), "lm_head.weight": (151936, 4096),
+                "model.norm.weight": (4096,), "visual.patch_embed.proj.weight": (1024, 3, 14, 14),
+                "visual.class_embedding": (1024,), "visual.class_pos_emb": (1, 32),
+                "visual.merger.mlp.0.weight": (4096, 4096), "visual.merger.mlp.0.bias": (4096,),
                 "visual.merger.mlp.2.weight": (4096, 4096), "visual.merger.mlp.2.bias": (4096,)}
     for kind in ("weight", "bias"):
         expected |= {f"visual.pre_layernorm.{kind}": (1024,), f"visual.merger.ln_q.{kind}": (1024,)}
     for i in range(36):
         p = f"model.layers.{i}."
-        expected |= {p + f"self_attn.{x}_proj.weight": s for x, s in dict(q=(4096, 4096), k=(1024, 4096), v=(1024, 4096),
-                                                                         o=(4096, 4096)).items()}
+        expected |= {p + f"self_attn.{x}_proj.weight": s
+                     for x, s in dict(q=(4096, 4096), k=(1024, 4096), v=(1024, 4096), o=(4096, 4096)).items()}
         expected |= {p + f"self_attn.{x}_norm.weight": (128,) for x in "qk"}
-        expected |= {p + f"mlp.{x}_proj.weight": s for x, s in dict(gate=(12288, 4096), up=(12288, 4096), down=(4096, 12288)).items()}
+        expected |= {p + f"mlp.{x}_proj.weight": s
+                     for x, s in dict(gate=(12288, 4096), up=(12288, 4096), down=(4096, 12288)).items()}
         expected |= {p + f"{x}_layernorm.weight": (4096,) for x in ("input", "post_attention")}
     for i in range(24):
         p = f"visual.blocks.{i}."
@@ -109,11 +111,12 @@ def test_transformers_checkpoints_both_ways(tmp_path, kind):
 
 
 def test_stage0_from_a_transformers_rice_vit(tmp_path, tokenizer):
-    """RICE-ViT loads as MLCDVisionModel: our tower gives its features, in merge-window order, and the decoder is untouched."""
+    """RICE-ViT loads as MLCDVisionModel: our tower gives its features, in merge-window order, and the decoder is
+    untouched."""
     import transformers
     torch.manual_seed(0)
-    config = transformers.MLCDVisionConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-                                           image_size=84, patch_size=14)
+    config = transformers.MLCDVisionConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+                                           num_attention_heads=4, image_size=84, patch_size=14)
     vit = transformers.MLCDVisionModel(config).eval()
     for p in vit.parameters():
         torch.nn.init.normal_(p, 0.5 if p.ndim == 1 else 0, 0.1)
@@ -121,7 +124,8 @@ def test_stage0_from_a_transformers_rice_vit(tmp_path, tokenizer):
     llm = Innovator.from_config(replace(PRESETS["tiny"], vision=None, token_ids=tokenizer.token_ids()), seed=3)
     llm.assets = tokenizer.path.parent
     llm.save_pretrained(tmp_path / "llm")
-    upcycle.stage0(upcycle.Stage0(llm=str(tmp_path / "llm"), vit=str(tmp_path / "vit"), out=str(tmp_path / "s0"), dtype="float32"))
+    upcycle.stage0(upcycle.Stage0(llm=str(tmp_path / "llm"), vit=str(tmp_path / "vit"), out=str(tmp_path / "s0"),
+                                  dtype="float32"))
     model = Innovator.from_pretrained(tmp_path / "s0")
     image = torch.randn(1, 3, 84, 84)
     patches = image.view(3, 3, 2, 14, 3, 2, 14).permute(1, 4, 2, 5, 0, 3, 6).reshape(36, 588)  # windows of 2 x 2
@@ -202,7 +206,7 @@ def test_attention_twin_against_the_formula(causal):
 @pytest.fixture
 def head(monkeypatch):
     import model
-    monkeypatch.setattr(model, "_chunks", lambda S, V: [slice(i, min(i + 7, S)) for i in range(0, S, 7)])  # several chunks
+    monkeypatch.setattr(model, "_chunks", lambda S, V: [slice(i, min(i + 7, S)) for i in range(0, S, 7)])  # chunks of 7
     torch.manual_seed(0)
     h, w = torch.randn(23, 16, requires_grad=True), torch.randn(101, 16, requires_grad=True)
     return h, w, torch.randint(0, 101, (23,))
@@ -239,7 +243,8 @@ def test_token_logprobs_and_entropy(head):
 def test_sampling_cuts_and_temperature():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(4000, 4)
     g = torch.Generator().manual_seed(0)
-    share = lambda **k: torch.bincount(sample(logits, **{"temperature": 1, "top_p": 1.0, "top_k": 0} | k, generator=g), minlength=4) / 4000
+    share = lambda **k: torch.bincount(sample(logits, **{"temperature": 1, "top_p": 1.0, "top_k": 0} | k, generator=g),
+                                       minlength=4) / 4000
     close(share(), torch.tensor([0.5, 0.3, 0.15, 0.05]), 0.03)
     close(share(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), 0.03)
     close(share(top_p=0.6), torch.tensor([0.625, 0.375, 0, 0]), 0.03)
@@ -254,7 +259,8 @@ def test_generate_stops_and_streams():
     free = model.generate([[1, 2, 3], [4]], max_new_tokens=8)
     stop = free[0][3]
     seen = []
-    out = model.generate([[1, 2, 3], [4]], max_new_tokens=8, stop_ids=(stop,), on_token=lambda b, t: seen.append((b, t)))
+    out = model.generate([[1, 2, 3], [4]], max_new_tokens=8, stop_ids=(stop,),
+                         on_token=lambda b, t: seen.append((b, t)))
     assert out[0] == free[0][:free[0].index(stop) + 1]
     assert [t for b, t in seen if b == 0] == out[0] and [t for b, t in seen if b == 1] == out[1]
     a, b = (model.generate([[1, 2, 3]], max_new_tokens=8, temperature=1.0, seed=s)[0] for s in (0, 0))
@@ -319,4 +325,5 @@ m = Innovator.from_pretrained({str(tmp_path / 'big')!r})
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - base, sum(p.nbytes for p in m.parameters()))
 """
     grown, kept = map(int, launch("-c", code).stdout.split())
-    assert grown <= kept + 1.15 * max(files), f"grew by {grown / 2**20:.0f} MiB, keeps {kept / 2**20:.0f}, files {max(files) / 2**20:.0f}"
+    assert grown <= kept + 1.15 * max(files), (
+        f"grew by {grown / 2**20:.0f} MiB, keeps {kept / 2**20:.0f}, files {max(files) / 2**20:.0f}")
