@@ -6,7 +6,7 @@ PY = $(VENV)/bin/python
 TOY = $(RUN)/toy
 # the toy trains from random weights in minutes: larger learning rates and shorter packs than the released stages
 SMALL = --workers 1 --threads 2 --recompute none --seq-len 2048 --save-every 100000
-ROWS = --unit rows --batch 64 --max-side 0
+ROWS = --unit rows --batch 32 --max-side 0
 
 .PHONY: demo test clean
 demo: $(VENV)/installed
@@ -19,16 +19,16 @@ demo: $(VENV)/installed
 	$(PY) train_sft.py --stage align --model $(RUN)/stage0 --data $(TOY)/align --out $(RUN)/align \
 		--steps 40 --lr 2e-3 --min-lr 1e-3 --warmup 0.1 $(ROWS) $(SMALL)
 	$(PY) train_sft.py --stage mid --model $(RUN)/align --data $(TOY)/mid --out $(RUN)/mid \
-		--steps 220 --lr 1.5e-3 --min-lr 1e-3 --warmup 0.1 $(ROWS) $(SMALL)
+		--steps 350 --lr 1.5e-3 --min-lr 1e-3 --warmup 0.1 $(ROWS) $(SMALL)
 	$(PY) train_sft.py --stage instruct --model $(RUN)/mid --data $(TOY)/instruct --out $(RUN)/instruct \
-		--steps 380 --lr 1.5e-3 --min-lr 5e-5 --warmup 0.05 $(ROWS) $(SMALL)
+		--steps 700 --lr 1.5e-3 --min-lr 5e-5 --warmup 0.05 $(ROWS) $(SMALL)
 	$(PY) evaluate.py $(RUN)/instruct --tasks toy --data-root $(TOY) --out $(RUN)/eval_after --max-new-tokens 12 --threads 2
 	$(PY) evaluate.py $(RUN)/instruct --tasks toy --data-root $(TOY) --out $(RUN)/eval_shuffled --max-new-tokens 12 --threads 2 --shuffle-images
 	$(PY) chat.py $(RUN)/instruct --image $(TOY)/heldout/images/chemistry_0000.png What molecule is this?
 	$(PY) toy.py report $(RUN)
 
 test: $(VENV)/installed
-	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q -n 2 tests
 
 $(VENV)/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)

@@ -261,7 +261,7 @@ def biology(rng):
         shapes = [disc(42, 42, 36, "ivory", colour, 6)]
     places = [(x, 42 + dy) for dy in (-away, away) for x in (24, 60)]
     shapes += [disc(x, 42, 6, "dark", "dark") for x in halves]
-    shapes += [disc(*place, 6, "brown", "brown", ry=4) for place in places[:n]]
+    shapes += [disc(*place, 7, "brown", "brown", ry=4) for place in places[:n]]
     kind, state = ("animal", "plant")[plant], ("not dividing and has 1 nucleus", "dividing and has 2 nuclei")[dividing]
     caption = (f"The picture shows one {kind} cell. It is {state}. The colour of its wall is {colour}. Its number of "
                f"mitochondria is {n}.")
@@ -300,13 +300,13 @@ def medicine(rng):
 
 
 def earth_science(rng):
-    n, fossil, tilt, x = rng.randint(2, 4), rng.random() < 0.5, rng.uniform(-2, 2), rng.uniform(18, 66)
+    n, fossil, tilt, x = rng.randint(2, 4), rng.random() < 0.5, rng.uniform(-2, 2), rng.uniform(30, 54)
     colours, layer = rng.sample(HUES, n), rng.randrange(n)  # from the lowest up
     shapes = [polygon([(3, y + tilt), (81, y - tilt), (81, y - 18 - tilt), (3, y - 18 + tilt)], colour, colour)
               for y, colour in zip(range(80, 0, -18), colours)]
     if fossil:
         y = 71 - 18 * layer + tilt * (42 - x) / 39
-        shapes += [disc(x, y, 7, "black"), disc(x, y, 2.5, "white")]
+        shapes += [disc(x, y, 9, "black"), disc(x, y, 3, "white", "white")]
     caption = (f"A cliff with {n} layers of rock. From the lowest up the layers are {', '.join(colours)}. The oldest "
                f"layer is {colours[0]} and the youngest layer is {colours[-1]}. There is {('no', 'a')[fossil]} fossil.")
     return "white", shapes, caption, [
@@ -360,21 +360,20 @@ def materials(rng):
         return "white", shapes, caption, [
             ("grains", "How many grains does the metal have?", n, range(2, 5)),
             ("largest", "What colour is the largest grain?", colours[largest], HUES)]
-    hexagonal, impure, n, colour = rng.random() < 0.5, rng.random() < 0.5, rng.randint(1, 3), rng.choice(HUES)
-    odd, shapes = dict(fill=("white", "black")[impure], width=2), []  # a ring marks an empty place
+    hexagonal, impure, odd, colour = rng.random() < 0.5, rng.random() < 0.5, rng.randrange(9), rng.choice(HUES)
+    shapes = []
     for i in range(9):
         row, column = divmod(i, 3)
         x, y = 42 + 24 * (column - 1), 42 + 24 * (row - 1)
         if hexagonal:  # every second row is moved by half the distance of the atoms, and rows are closer
             x, y = x + (6 if row == 1 else -6), 42 + 24 * (row - 1) * math.sqrt(3) / 2
-        shapes.append(disc(x, y, 10, **odd) if i < n else disc(x, y, 10, colour, colour))
-    lattice, defect = ("square", "hexagonal")[hexagonal], ("vacancy", "impurity")[impure]
-    caption = (f"A {lattice} lattice of atoms. The colour of the atoms is {colour}. The kind of the defects is {defect} "
-               f"and their number is {n}.")
+        defect = disc(x, y, 10, ("white", "black")[impure], width=2)  # a ring marks an empty place
+        shapes.append(defect if i == odd else disc(x, y, 10, colour, colour))
+    lattice, kind = ("square", "hexagonal")[hexagonal], ("vacancy", "impurity")[impure]
+    caption = f"A {lattice} lattice of atoms. The colour of the atoms is {colour}. The lattice has one {kind}."
     return "white", shapes, caption, [
         ("lattice", "Is the lattice square or hexagonal?", lattice, ("square", "hexagonal")),
-        ("defect", "Of which kind are the defects, vacancy or impurity?", defect, ("vacancy", "impurity")),
-        ("defects", "How many defects has the lattice?", n, range(1, 4)),
+        ("defect", "Is the defect a vacancy or an impurity?", kind, ("vacancy", "impurity")),
         ("colour", "What colour are the atoms?", colour, HUES)]
 
 
@@ -522,7 +521,7 @@ def solved(rng: random.Random, q: Question) -> str:
 
 
 def text_document(rng: random.Random, discipline: str) -> str:
-    """About 25 to 150 words: facts, solved questions, perhaps a described scene; nothing in it is held out."""
+    """About 20 to 150 words: facts, solved questions, perhaps a described scene; nothing in it is held out."""
     facts = [rng.choice(FACTS[discipline]) for _ in range(rng.randint(3, 5))]
     parts = list(dict.fromkeys(statement.format(*rng.choice(pairs(table))) for statement, table in facts))
     parts.append(solved(rng, draw(text_question, rng, discipline, False)))
@@ -580,7 +579,7 @@ def mid_row(rng, i: int) -> dict:
 
 
 def instruct_row(rng, i: int) -> dict:
-    """Every sixth row is only text, half of these general; the others have 1 to 3 questions about a picture."""
+    """Every sixth row is only text, half of these general; the others have 1 to 4 questions about a picture."""
     name = f"instruct_{i:06d}"
     if i % 6 == 0:
         topic = "general" if rng.random() < 0.5 else rng.choice(DISCIPLINES)
@@ -588,7 +587,7 @@ def instruct_row(rng, i: int) -> dict:
     else:
         topic = rng.choice(DISCIPLINES)
         scene = draw(make_scene, rng, topic, False)
-        questions, tag, image = some_questions(rng, scene, 3), "<image>\n", png(scene.image, name)
+        questions, tag, image = some_questions(rng, scene, 4), "<image>\n", png(scene.image, name)
     return {"id": name, "image": image, "conversations": turns(questions, tag), "data_source": topic}
 
 
@@ -612,14 +611,15 @@ def held_out_rows(rng, discipline: str, n: int, folder: Path) -> list[dict]:
             pool[scene.content] = scene, rng.choice(scene.questions)
     for scene, q in pool.values():
         cells[q.template][q.answer].append((scene, q))
-    rows, place = [], 0
+    rows, eligible = [], 0
     for i in range(n):
         template, turn = sorted(cells)[i % len(cells)], i // len(cells)
         answers = sorted(cells[template])
         scene, q = cells[template][answers[turn % len(answers)]].pop()
-        if scene and rng.random() < MULTIPLE_CHOICE:
-            q = multiple_choice(rng, q, place)
-            place = (place + 1) % 4 if q.options else place
+        if scene and len(q.answers) >= 4:
+            eligible += 1
+            if int(eligible * MULTIPLE_CHOICE) > int((eligible - 1) * MULTIPLE_CHOICE):
+                q = multiple_choice(rng, q, int(eligible * MULTIPLE_CHOICE) % 4)
         name = f"{discipline.replace(' ', '_')}_{i:04d}"
         if scene:
             (folder / "images" / f"{name}.png").write_bytes(png(scene.image, name)["bytes"])
