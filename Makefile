@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 	rm -rf $(RUN)
 	$(PY) toy.py make --out $(TOY)
 	$(PY) train_sft.py --stage pretrain --model preset:tiny --tokenizer $(TOY)/tokenizer --data $(TOY)/pretrain --out $(RUN)/pretrain \
-		--steps 120 --batch 4 --lr 2e-3 --min-lr 2e-4 --warmup 0.1 $(SMALL)
+		--steps 90 --batch 4 --lr 2e-3 --min-lr 2e-4 --warmup 0.1 $(SMALL)
 	$(PY) upcycle.py stage0 --llm $(RUN)/pretrain --vit preset:tiny --out $(RUN)/stage0 --dtype float32
 	$(PY) evaluate.py $(RUN)/stage0 --tasks toy --data-root $(TOY) --out $(RUN)/eval_before --max-new-tokens 12 --threads 2
 	$(PY) train_sft.py --stage align --model $(RUN)/stage0 --data $(TOY)/align --out $(RUN)/align \
@@ -24,7 +24,7 @@ demo: $(VENV)/installed
 		--steps 700 --lr 1.5e-3 --min-lr 5e-5 --warmup 0.05 $(ROWS) $(SMALL)
 	$(PY) evaluate.py $(RUN)/instruct --tasks toy --data-root $(TOY) --out $(RUN)/eval_after --max-new-tokens 12 --threads 2
 	$(PY) evaluate.py $(RUN)/instruct --tasks toy --data-root $(TOY) --out $(RUN)/eval_shuffled --max-new-tokens 12 --threads 2 --shuffle-images
-	$(PY) chat.py $(RUN)/instruct --image $(TOY)/heldout/images/chemistry_0000.png What molecule is this?
+	$(PY) chat.py $(RUN)/instruct --image $(TOY)/heldout/images/chemistry_0000.png Which molecule is drawn?
 	$(PY) toy.py report $(RUN)
 
 test: $(VENV)/installed

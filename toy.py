@@ -36,7 +36,7 @@ from common import UserError, parse, run, write_json
 ROWS = dict(pretrain=6000, pretrain_val=360, align=3000, mid=14000, instruct=16000, rl=2000)  # at scale 1
 HELD_OUT, HELD_OUT_GENERAL = 60, 40  # picture questions a discipline, text-only general questions; at scale 1
 VOCABULARY = 1024  # tokens, the special ones included
-MULTIPLE_CHOICE = 0.37  # share of the questions with four or more answers that get options: a fifth of all questions
+MULTIPLE_CHOICE = 0.2  # share of the questions with four or more answers that get options: a tenth of all questions
 
 
 @dataclass
@@ -125,7 +125,7 @@ SHARPNESS = 3  # pictures are drawn this many times larger and averaged down
 HUES = ["red", "yellow", "green", "blue", "purple", "orange"]  # the colours that questions ask for
 RGB = dict(red=(225, 30, 30), yellow=(245, 205, 20), green=(25, 150, 60), blue=(40, 90, 230), purple=(150, 50, 190),
            orange=(250, 130, 20), white=(255, 255, 255), gray=(130, 130, 130), silver=(205, 205, 205),
-           ivory=(250, 245, 220), brown=(130, 80, 40), dark=(60, 60, 60), black=(0, 0, 0))
+           ivory=(250, 245, 220), brown=(130, 80, 40), sea=(170, 220, 245), dark=(60, 60, 60), black=(0, 0, 0))
 CORNERS = ["upper left", "upper right", "lower left", "lower right"]
 YES_NO = ("no", "yes")  # indexed by a bool
 
@@ -260,8 +260,8 @@ def biology(rng):
     else:
         shapes = [disc(42, 42, 36, "ivory", colour, 6)]
     places = [(x, 42 + dy) for dy in (-away, away) for x in (24, 60)]
-    shapes += [disc(x, 42, 6, "dark", "dark") for x in halves]
-    shapes += [disc(*place, 7, "brown", "brown", ry=4) for place in places[:n]]
+    shapes += [disc(x, 42, 6, "silver", "gray") for x in halves]
+    shapes += [disc(*place, 7, "black", ry=4) for place in places[:n]]
     kind, state = ("animal", "plant")[plant], ("not dividing and has 1 nucleus", "dividing and has 2 nuclei")[dividing]
     caption = (f"The picture shows one {kind} cell. It is {state}. The colour of its wall is {colour}. Its number of "
                f"mitochondria is {n}.")
@@ -300,20 +300,18 @@ def medicine(rng):
 
 
 def earth_science(rng):
-    n, fossil, tilt, x = rng.randint(2, 4), rng.random() < 0.5, rng.uniform(-2, 2), rng.uniform(30, 54)
-    colours, layer = rng.sample(HUES, n), rng.randrange(n)  # from the lowest up
+    n, sea, tilt = rng.randint(2, 4), rng.random() < 0.5, rng.uniform(-2, 2)
+    colours = rng.sample(HUES, n)  # from the lowest layer up
     shapes = [polygon([(3, y + tilt), (81, y - tilt), (81, y - 18 - tilt), (3, y - 18 + tilt)], colour, colour)
               for y, colour in zip(range(80, 0, -18), colours)]
-    if fossil:
-        y = 71 - 18 * layer + tilt * (42 - x) / 39
-        shapes += [disc(x, y, 9, "black"), disc(x, y, 3, "white", "white")]
     caption = (f"A cliff with {n} layers of rock. From the lowest up the layers are {', '.join(colours)}. The oldest "
-               f"layer is {colours[0]} and the youngest layer is {colours[-1]}. There is {('no', 'a')[fossil]} fossil.")
-    return "white", shapes, caption, [
+               f"layer is {colours[0]} and the youngest layer is {colours[-1]}. The cliff is "
+               f"{('above', 'below')[sea]} the sea.")
+    return ("white", "sea")[sea], shapes, caption, [
         ("layers", "How many layers of rock are there?", n, range(2, 5)),
         ("oldest", "What colour is the oldest layer?", colours[0], HUES),
         ("youngest", "What colour is the youngest layer?", colours[-1], HUES),
-        ("fossil", "Does the cliff hold a fossil?", YES_NO[fossil], YES_NO)]
+        ("sea", "Is the cliff below the sea?", YES_NO[sea], YES_NO)]
 
 
 def astronomy(rng):
@@ -346,21 +344,21 @@ def astronomy(rng):
 
 
 def materials(rng):
-    if rng.random() < 0.4:  # grains: slices of a disc, one of them twice as large as the others
+    if rng.random() < 0.4:  # grains: slices of a disc, the first twice as large as the others
         n = rng.randint(2, 4)
-        colours, largest = rng.sample(HUES, n), rng.randrange(n)
-        x, y, start, shapes = 42 + rng.uniform(-3, 3), 42 + rng.uniform(-3, 3), -90 + rng.uniform(-8, 8), []
+        colours, x, y = rng.sample(HUES, n), 42 + rng.uniform(-3, 3), 42 + rng.uniform(-3, 3)
+        start, shapes = -90 + rng.uniform(-8, 8), []
         for i, colour in enumerate(colours):
-            angle = 360 * (2.2 if i == largest else 1) / (n + 1.2)
+            angle = 360 * (2.2 if i == 0 else 1) / (n + 1.2)
             arc = ring(x, y, 37, [start + angle * k / 12 for k in range(13)])
             shapes.append(polygon([(x, y), *arc], colour, width=2))
             start += angle
         caption = (f"A polished metal with {n} grains. The grains are {', '.join(colours)}. "
-                   f"The largest grain is {colours[largest]}.")
+                   f"The largest grain is {colours[0]}.")
         return "white", shapes, caption, [
             ("grains", "How many grains does the metal have?", n, range(2, 5)),
-            ("largest", "What colour is the largest grain?", colours[largest], HUES)]
-    hexagonal, impure, odd, colour = rng.random() < 0.5, rng.random() < 0.5, rng.randrange(9), rng.choice(HUES)
+            ("largest", "What colour is the largest grain?", colours[0], HUES)]
+    hexagonal, impure, colour = rng.random() < 0.5, rng.random() < 0.5, rng.choice(HUES)
     shapes = []
     for i in range(9):
         row, column = divmod(i, 3)
@@ -368,7 +366,7 @@ def materials(rng):
         if hexagonal:  # every second row is moved by half the distance of the atoms, and rows are closer
             x, y = x + (6 if row == 1 else -6), 42 + 24 * (row - 1) * math.sqrt(3) / 2
         defect = disc(x, y, 10, ("white", "black")[impure], width=2)  # a ring marks an empty place
-        shapes.append(defect if i == odd else disc(x, y, 10, colour, colour))
+        shapes.append(defect if i == 4 else disc(x, y, 10, colour, colour))
     lattice, kind = ("square", "hexagonal")[hexagonal], ("vacancy", "impurity")[impure]
     caption = f"A {lattice} lattice of atoms. The colour of the atoms is {colour}. The lattice has one {kind}."
     return "white", shapes, caption, [
