@@ -81,10 +81,7 @@ def packing() -> None:
 
 def main() -> None:
     commands = {"train": lambda: train(sys.argv[2:]), "packing": packing}
-    if len(sys.argv) < 2 or sys.argv[1] not in commands:
-        print(__doc__)
-        raise common.UserError(f"usage: python bench.py {'|'.join(commands)} ...")
-    commands[sys.argv[1]]()
+    commands[common.command(commands, __doc__)]()
 
 
 if __name__ == "__main__":

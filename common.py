@@ -73,6 +73,17 @@ def parse(cls, argv: list[str] | None = None, doc: str | None = None):
     return cls(**vars(known))
 
 
+def command(names, doc: str) -> str:
+    """The script's first word, one of `names`; -h or no word shows the script's documentation."""
+    word = sys.argv[1] if len(sys.argv) > 1 else "-h"
+    if word in ("-h", "--help"):
+        print(f"{doc}\nA command followed by -h lists its options.")
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    if word not in names:
+        raise UserError(f"{word}: choose one of {', '.join(names)}; -h shows how")
+    return word
+
+
 def commit() -> str:
     """Git commit of the code that runs, with + if the tree has changes; 'unknown' outside a repository."""
     try:

@@ -47,7 +47,7 @@ import tokenizers
 from PIL import Image
 from tqdm import tqdm
 
-from common import UserError, parse, run
+from common import UserError, command, parse, run
 
 PATCH, MERGE = 14, 2
 FACTOR = PATCH * MERGE
@@ -967,16 +967,15 @@ class Config:
 
 
 def main() -> None:
-    commands = ("check", "stats", "pack")
-    if len(sys.argv) < 3 or sys.argv[1] not in commands or sys.argv[2].startswith("-"):
-        if "-h" in sys.argv or "--help" in sys.argv:
-            parse(Config, ["-h"], __doc__)
-        raise UserError("usage: python data.py check|stats|pack PATH --tokenizer DIR [options]; -h lists them")
-    command, path = sys.argv[1:3]
+    word = command(("check", "stats", "pack"), __doc__)
+    if len(sys.argv) < 3 or sys.argv[2].startswith("-"):
+        parse(Config, sys.argv[2:], __doc__)  # -h
+        raise UserError(f"python data.py {word} PATH --tokenizer DIR: the path is missing")
+    path = sys.argv[2]
     c = parse(Config, sys.argv[3:], __doc__)
     source = Source([path], c.tokenizer, Limits(c.min_pixels, c.max_pixels, c.max_side), c.seq_len)
-    assert command != "pack" or c.out, "pack: say where the plan goes with --out plan.npz"
-    found = survey(source, c.workers, decode=command == "check")
+    assert word != "pack" or c.out, "pack: say where the plan goes with --out plan.npz"
+    found = survey(source, c.workers, decode=word == "check")
     items, bad, lengths = found.items, found.bad, found.items[:, 2]
     rows = len(source.data)
     print(f"{path}: {len(source.data.paths)} file(s), {rows} rows, {len(items)} documents, {found.images} images, "
@@ -985,7 +984,7 @@ def main() -> None:
         print(f"  bad: {b['file']}, {b['row']} ({b['at']}): {b['reason']}")
     if len(bad) > 50:
         print(f"  ... and {len(bad) - 50} more")
-    if len(items) and command != "check":
+    if len(items) and word != "check":
         q = np.percentile(lengths, [0, 50, 90, 99, 100]).astype(int)
         packs = best_fit_decreasing(lengths, c.seq_len)
         print(f"tokens {lengths.sum()}, per document mean {lengths.mean():.0f}, min {q[0]}, median {q[1]}, "
@@ -995,13 +994,13 @@ def main() -> None:
               "(a bound for the last, partly filled pack: "
               f"{lengths.sum() / math.ceil(lengths.sum() / c.seq_len) / c.seq_len:.4f}), "
               f"{len(items) / len(packs):.1f} documents a pack")
-    if command == "pack":
+    if word == "pack":
         out = Path(c.out)
         tmp = out.with_name(f".{out.stem}.tmp.npz")
         np.savez_compressed(tmp, items=items, fingerprint=fingerprint(source))
         os.replace(tmp, out)
         print(f"wrote {out}; next: python train_sft.py --stage mid --data {path} --plan {out} ...")
-    if command == "check":
+    if word == "check":
         if c.out:
             Path(c.out).write_text("".join(json.dumps(b, ensure_ascii=False) + "\n" for b in bad))
             print(f"wrote {c.out}")

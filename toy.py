@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
-from common import UserError, parse, run, write_json
+from common import UserError, command, parse, run, write_json
 
 ROWS = dict(pretrain=6000, pretrain_val=360, align=3000, mid=14000, instruct=16000, rl=2000)  # at scale 1
 HELD_OUT, HELD_OUT_GENERAL = 60, 40  # picture questions a discipline, text-only general questions; at scale 1
@@ -764,13 +764,11 @@ def report(folder: Path):
 
 
 def main():
-    match sys.argv[1:]:
-        case ["make", *options]:
-            make(parse(Config, options, __doc__))
-        case ["report", folder]:
-            report(Path(folder))
-        case _:
-            raise UserError("python toy.py make --out DIR (make -h lists all), or python toy.py report RUN_DIR")
+    if command(("make", "report"), __doc__) == "make":
+        return make(parse(Config, sys.argv[2:], __doc__))
+    if len(sys.argv) != 3 or sys.argv[2].startswith("-"):
+        raise UserError("python toy.py report RUN_DIR: the folder of a finished demo is missing")
+    report(Path(sys.argv[2]))
 
 
 if __name__ == "__main__":

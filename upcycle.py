@@ -1,7 +1,6 @@
 """Makes new checkpoints out of old ones. stage0: RICE-ViT + a Qwen decoder + a fresh PatchMerger -> Innovator-VL.
 
-    python upcycle.py stage0 --vit rice-vit-large-patch14-560 --llm Qwen3-8B-Base
-                             --processor Qwen2.5-VL-7B-Instruct --out stage0
+    python upcycle.py stage0 --vit rice-vit-large-patch14-560 --llm Qwen3-8B-Base --out stage0
 
 The vision tower comes in the names of Transformers' MLCDVisionModel (MLCD below is the whole mapping); its
 post_layernorm is not used by Innovator-VL. The merger is N(0, 0.02) with zero biases, or comes from --adapter.
@@ -23,7 +22,7 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from common import UserError, parse, run
+from common import UserError, command, parse, run
 from data import Tokenizer
 from model import PRESETS, Innovator, checkpoint_folder, config_of, init_weights, released_name, weight_files
 from vision import VisionConfig
@@ -136,11 +135,7 @@ def stage0(c: Stage0) -> None:
 
 def main() -> None:
     commands = {"stage0": (Stage0, stage0)}
-    if len(sys.argv) < 2 or sys.argv[1] not in commands:
-        print(__doc__ if {"-h", "--help"} & set(sys.argv) else "", end="")
-        raise UserError(f"usage: python upcycle.py {'|'.join(commands)} ...; "
-                        "a command followed by -h lists its options")
-    cls, fn = commands[sys.argv[1]]
+    cls, fn = commands[command(commands, __doc__)]
     fn(parse(cls, sys.argv[2:], __doc__))
 
 
