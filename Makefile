@@ -19,9 +19,9 @@ demo: $(VENV)/installed
 	$(PY) train_sft.py --stage align --model $(RUN)/stage0 --data $(TOY)/align --out $(RUN)/align \
 		--steps 40 --lr 2e-3 --min-lr 1e-3 --warmup 0.1 $(ROWS) $(SMALL)
 	$(PY) train_sft.py --stage mid --model $(RUN)/align --data $(TOY)/mid --out $(RUN)/mid \
-		--steps 350 --lr 1.5e-3 --min-lr 1e-3 --warmup 0.1 $(ROWS) $(SMALL)
+		--steps 300 --lr 1.5e-3 --min-lr 1e-3 --warmup 0.1 $(ROWS) $(SMALL)
 	$(PY) train_sft.py --stage instruct --model $(RUN)/mid --data $(TOY)/instruct --out $(RUN)/instruct \
-		--steps 700 --lr 1.5e-3 --min-lr 5e-5 --warmup 0.05 $(ROWS) $(SMALL)
+		--steps 500 --lr 1.5e-3 --min-lr 5e-5 --warmup 0.05 $(ROWS) $(SMALL)
 	$(PY) evaluate.py $(RUN)/instruct --tasks toy --data-root $(TOY) --out $(RUN)/eval_after --max-new-tokens 12 --threads 2
 	$(PY) evaluate.py $(RUN)/instruct --tasks toy --data-root $(TOY) --out $(RUN)/eval_shuffled --max-new-tokens 12 --threads 2 --shuffle-images
 	$(PY) chat.py $(RUN)/instruct --image $(TOY)/heldout/images/chemistry_0000.png Which molecule is drawn?
