@@ -254,7 +254,7 @@ class Innovator(nn.Module):
         rows_MD = self.visual(pixels, grids, self.impl)
         if image_rows is None:
             image_rows = (ids_T == self.config.image_token_id).nonzero()[:, 0]
-        if image_rows.numel() == 0:  # a pack without images still runs the tower, so all ranks gather and reduce alike
+        elif image_rows.numel() == 0:  # a training pack without images: all ranks still gather and reduce alike
             return x_TD + 0 * rows_MD.sum()
         assert image_rows.numel() == rows_MD.shape[0], \
             f"{image_rows.numel()} image tokens in the text, {rows_MD.shape[0]} image rows from grids {list(grids)}"

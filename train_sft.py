@@ -85,7 +85,7 @@ class Config:
     window: int = 4096  # rows measured and packed together
     plan: str = ""  # packing plan of data.py pack, instead of windows
     on_bad: Literal["stop", "skip"] = "stop"  # bad rows: stop at the first, or count and list them
-    max_bad: float = 0.01  # share of bad rows above which skipping stops too
+    max_bad: float = 0.01  # share of bad rows (of at least 1000) above which skipping stops too
     seed: int = 1234  # order of the data, fresh weights
     threads: int = 0  # CPU threads of torch a rank, 0: torch's choice
     save_every: int = 500  # steps between checkpoints; the last step is always saved

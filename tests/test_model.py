@@ -179,6 +179,8 @@ def test_image_counts_are_checked():
     model = Innovator.from_config(SMALL)
     with pytest.raises(AssertionError, match="3 image tokens in the text, 1 image rows"):
         model.logits([1, 7, 7, 7], torch.zeros(4, 588), [(1, 2, 2)])
+    with pytest.raises(AssertionError, match="0 image tokens in the text, 1 image rows"):
+        model.logits([1, 2], torch.zeros(4, 588), [(1, 2, 2)])
     with pytest.raises(AssertionError, match="5 rows of pixels"):
         model.logits([1, 7], torch.zeros(5, 588), [(1, 2, 2)])
 
