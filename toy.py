@@ -344,18 +344,20 @@ def astronomy(rng):
 
 
 def materials(rng):
-    if rng.random() < 0.4:  # columns of a cast metal, one of them wider
+    if rng.random() < 0.4:  # grains: slices of a disc, the first twice as large as the others
         n = rng.randint(2, 4)
-        colours, largest, x, shapes = rng.sample(HUES, n), rng.randrange(n), 4, []
+        colours, x, y = rng.sample(HUES, n), 42 + rng.uniform(-3, 3), 42 + rng.uniform(-3, 3)
+        start, shapes = -90 + rng.uniform(-8, 8), []
         for i, colour in enumerate(colours):
-            width = 27 if i == largest else 16
-            shapes.append(box(x, 10, x + width, 74, colour, width=2))
-            x += width
-        caption = (f"A cast metal with {n} grains. From left to right the grains are {', '.join(colours)}. "
-                   f"The largest grain is {colours[largest]}.")
+            angle = 360 * (2.2 if i == 0 else 1) / (n + 1.2)
+            arc = ring(x, y, 37, [start + angle * k / 12 for k in range(13)])
+            shapes.append(polygon([(x, y), *arc], colour, width=2))
+            start += angle
+        caption = (f"A polished metal with {n} grains. The grains are {', '.join(colours)}. "
+                   f"The largest grain is {colours[0]}.")
         return "white", shapes, caption, [
             ("grains", "How many grains does the metal have?", n, range(2, 5)),
-            ("largest", "What colour is the largest grain?", colours[largest], HUES)]
+            ("largest", "What colour is the largest grain?", colours[0], HUES)]
     hexagonal, impure, colour = rng.random() < 0.5, rng.random() < 0.5, rng.choice(HUES)
     shapes = []
     for i in range(9):
