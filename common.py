@@ -44,7 +44,8 @@ def run(main) -> None:
 # ---- command line ---------------------------------------------------------------------------------------------------
 def parse(cls, argv: list[str] | None = None, doc: str | None = None):
     """Builds dataclass `cls` from the command line. Fields become --name value (bool: --name / --no-name, list[str]:
-    --name A B); the comment behind a field is its help. Unknown names are an error that says the nearest one."""
+    --name A B, also repeated); the comment behind a field is its help. Unknown names are an error that says the
+    nearest one."""
     comments = dict(re.findall(r"^    (\w+):[^#\n]*# (.+)$", inspect.getsource(cls), re.M))
     hints = typing.get_type_hints(cls)
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -61,7 +62,7 @@ def parse(cls, argv: list[str] | None = None, doc: str | None = None):
         elif typing.get_origin(kind) is typing.Literal:
             options["choices"] = typing.get_args(kind)
         elif typing.get_origin(kind) is list:
-            options |= dict(nargs="+", type=typing.get_args(kind)[0], metavar=f.name.upper())
+            options |= dict(nargs="+", action="extend", type=typing.get_args(kind)[0], metavar=f.name.upper())
         else:
             options |= dict(type=kind, metavar=kind.__name__)
         parser.add_argument(f"--{f.name.replace('_', '-')}", dest=f.name, **options)
@@ -132,24 +133,80 @@ def print0(*args) -> None:
         print(*args, flush=True)
 
 
-def shard(model, compute_dtype: torch.dtype) -> None:
+class _Around(torch.nn.Module):
+    """A sharding unit of `inner`'s parameters whose gathering begins and ends around a call that uses them."""
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, call, *args):
+        return call(*args)
+
+
+def shard(model, compute_dtype: torch.dtype, ep: int = 1) -> None:
     """FSDP2 on a model without memory (meta device): one unit per block and one for the merger, the rest in the root.
-    Parameters are gathered in compute_dtype and gradients are summed in fp32; a unit that trains keeps fp32 masters, a
-    frozen one lives in compute_dtype."""
+    Parameters are gathered in compute_dtype and gradients are summed in fp32, without an average: the loss's own
+    denominator is the step's. What trains keeps fp32 masters, what is frozen lives in compute_dtype.
+
+    ep > 1: groups of ep neighbouring ranks divide the experts among them and exchange tokens (moe.Experts.dispatch);
+    each expert is sharded over the ranks that hold it, along its rows, in a unit of its own. An expert's gradient sums
+    over the tokens of its group inside the group, and over groups by FSDP: the same sum as every other parameter's."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world(),), mesh_dim_names=("shard",))
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    model.to(compute_dtype)
-    units = ([*model.visual.blocks, model.visual.merger] if model.visual is not None else []) + [*model.model.layers]
-    inside = {p for u in units for p in u.parameters()}
-    if any(p.requires_grad for p in model.parameters() if p not in inside):
-        model.to(torch.float32)
-    for unit in units:
-        unit.to(torch.float32 if any(p.requires_grad for p in unit.parameters()) else compute_dtype)
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+    device, E = "cuda" if torch.cuda.is_available() else "cpu", model.config.num_experts
+    assert ep == 1 or E, f"--ep {ep}: the model has no experts"
+    assert world() % ep == 0, f"--ep {ep} does not divide {world()} ranks"
+    assert E % ep == 0, f"{E} experts do not divide over --ep {ep} ranks"
+    mesh = init_device_mesh(device, (world(),), mesh_dim_names=("shard",))
+    options = dict(mp_policy=MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32,
+                                                  cast_forward_inputs=False))
+    for p in model.parameters():
+        p.data = p.data.to(torch.float32 if p.requires_grad else compute_dtype)
+    if ep > 1:
+        both = init_device_mesh(device, (world() // ep, ep), mesh_dim_names=("shard", "expert"))
+        for block in model.model.layers:
+            experts = block.mlp.experts
+            for name, p in list(experts.named_parameters()):
+                assert p.shape[1] % both["shard"].size() == 0, \
+                    f"an expert's {p.shape[1]} rows do not divide over {both['shard'].size()} ranks: a larger --ep does"
+                setattr(experts, name, torch.nn.Parameter(distribute_tensor(p.data, both["expert"], [Shard(0)]),
+                                                          requires_grad=p.requires_grad))
+            experts.group = both["expert"].get_group()
+            # around the whole block: inside, recomputation would run the unit's hooks a second time
+            block.around = fully_shard(_Around(experts), mesh=both["shard"], shard_placement_fn=lambda p: Shard(1),
+                                       **options)
+    for unit in [*(model.visual.blocks if model.visual is not None else []),
+                 *([model.visual.merger] if model.visual is not None else []), *model.model.layers]:
+        apart = set(unit.mlp.experts.parameters()) if ep > 1 and unit in model.model.layers else None
+        fully_shard(unit, mesh=mesh, ignored_params=apart, **options)
+    fully_shard(model, mesh=mesh, **options)
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
     model.mixed_dtype = compute_dtype
+
+
+def by_mesh(params) -> list[list]:
+    """Parameters that live on the same ranks, together: with expert parallelism the experts and the others, which one
+    fused operation cannot mix."""
+    groups = {}
+    for p in params:
+        groups.setdefault(getattr(p, "device_mesh", None), []).append(p)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def clip_gradients(params, limit: float) -> torch.Tensor:
+    """Scales the gradients to a norm of at most `limit`; returns the norm before, over all ranks."""
+    groups = [g for g in by_mesh(params) if any(p.grad is not None for p in g)]
+    norms = [torch.nn.utils.get_total_norm([p.grad for p in g if p.grad is not None]) for g in groups]
+    norms = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
+    total = torch.linalg.vector_norm(torch.stack(norms)) if len(norms) > 1 else norms[0]
+    for g in groups:
+        torch.nn.utils.clip_grads_with_norm_(g, limit, total)
+    return total
 
 
 def _training_state(model, optimizer) -> dict:
@@ -248,8 +305,8 @@ def latest(folder) -> Path | None:
 
 class Log:
     """metrics.jsonl of a run: one JSON object a line, flushed as it comes; a resumed run drops lines after its step."""
-    def __init__(self, folder: Path, start_step: int):
-        self.path = Path(folder) / "metrics.jsonl"
+    def __init__(self, folder: Path, start_step: int, name: str = "metrics.jsonl"):
+        self.path = Path(folder) / name
         if not is_rank0():
             return
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -259,7 +316,7 @@ class Log:
                 with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run may be cut
                     if json.loads(line)["step"] <= start_step:
                         keep.append(line)
-        tmp = self.path.with_name(".metrics.tmp")
+        tmp = self.path.with_name(f".{name}.tmp")
         tmp.write_text("".join(line + "\n" for line in keep))
         os.replace(tmp, self.path)
 

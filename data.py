@@ -22,6 +22,7 @@ Departures
 
 Letters: T tokens, S supervised rows, P patches, M merged image tokens, N images.
 """
+import functools
 import gzip
 import hashlib
 import io
@@ -47,7 +48,7 @@ import tokenizers
 from PIL import Image
 from tqdm import tqdm
 
-from common import UserError, command, parse, run
+from common import UserError, command, parse, rank, run, world
 
 PATCH, MERGE = 14, 2
 FACTOR = PATCH * MERGE
@@ -463,7 +464,8 @@ class Dataset:
     """Rows of many files under one index. Files open on first use; `problems` holds (file, row, reason) of damaged
     files."""
     def __init__(self, paths: list[str], counts: list[int] | None = None):
-        self.paths, self.files, self.problems = data_files(paths), {}, []
+        given = [data_files([p]) for p in paths]
+        self.paths, self.files, self.problems = [f for files in given for f in files], {}, []
         if counts is None:
             counts = []
             for k, path in enumerate(self.paths):
@@ -475,6 +477,7 @@ class Dataset:
                     counts.append(0)
         self.counts = counts
         self.starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.ranges = self.starts[np.cumsum([0] + [len(files) for files in given])]  # rows of the p-th path: [p], [p+1]
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -512,11 +515,12 @@ class Dataset:
 # ---- documents of a row ---------------------------------------------------------------------------------------------
 @dataclass
 class Source:
-    """What a worker needs to turn row numbers into documents."""
+    """What a worker needs to turn row numbers into documents. disciplines: the only labels rows may have."""
     paths: list[str]
     tokenizer: str
     limits: Limits
     seq_len: int
+    disciplines: list[str] | None = None
     counts: list[int] | None = None
 
     def open(self) -> "Source":
@@ -527,6 +531,7 @@ class Source:
         """Documents of row i; plain text is cut into pieces of seq_len tokens, everything else stays whole."""
         row = self.data.row(i)
         try:
+            self.check_label(row)
             if row.text is not None:
                 ids = np.array(self.tok.encode(row.text) + [self.tok.pad], dtype=np.int32)
                 out = [Doc(p, p) for p in np.split(ids, range(self.seq_len, len(ids), self.seq_len))]
@@ -541,6 +546,22 @@ class Source:
             e.row_id = row.id
             raise
         return out
+
+    def check_label(self, row: Row) -> None:
+        if self.disciplines is not None and row.group not in self.disciplines:
+            e = BadRow("the row has no discipline label" if not row.group else
+                       f"discipline {row.group!r} owns no experts; the model has {', '.join(self.disciplines)}")
+            e.row_id = row.id
+            raise e
+
+    def check_labels(self) -> None:
+        """Reads every row's label before anything is trained, each rank its part; the first that is missing or unknown
+        is an error."""
+        for i in tqdm(range(rank(), len(self.data), world()), desc="labels", disable=None):
+            try:
+                self.check_label(self.data.row(i))
+            except BadRow as e:
+                raise UserError("{file}, {row} ({at}): {reason}".format_map(self.bad(i, e))) from None
 
     def bad(self, i: int, e: BadRow) -> dict:
         file, at = self.data.name(i)
@@ -633,7 +654,7 @@ def collate(docs: list[Doc], tok_pad: int, image_pad: int, pad_to: int, average:
                     [d.group for d in docs], list(bad), T)
 
 
-def _make(source: Source | None, items: np.ndarray, pad_to: int, average: str, vision: bool) -> PackData:
+def pack_of(source: Source | None, items: np.ndarray, pad_to: int, average: str, vision: bool) -> PackData:
     """Reads, decodes and collates the documents (row, part, ...) of one pack."""
     source = source or _source
     docs, names, bad = [], [], []
@@ -648,8 +669,16 @@ def _make(source: Source | None, items: np.ndarray, pad_to: int, average: str, v
     return collate(docs, source.tok.pad, source.tok.image_pad, pad_to, average, vision, names, bad)
 
 
-def to_device(p: PackData, device, impl: str, dtype):
-    """PackData -> model.Pack; pixels travel as bytes and are normalised on the device."""
+def labels_of(p: PackData, disciplines: list[str]) -> np.ndarray:
+    """The discipline of every token [T]: its number, S for others, S + 1 for padding (moe.routing_losses)."""
+    number = {name: k for k, name in enumerate(disciplines)}
+    per_doc = [number.get(g, len(number)) for g in p.groups]
+    return np.repeat(per_doc + [len(number) + 1] * (len(p.lengths) - len(per_doc)), p.lengths)
+
+
+def to_device(p: PackData, device, impl: str, dtype, disciplines: list[str] | None = None):
+    """PackData -> model.Pack; pixels travel as bytes and are normalised on the device. disciplines: label the tokens.
+    """
     import torch
     from kernels.attention import Documents
     from model import Pack
@@ -657,7 +686,8 @@ def to_device(p: PackData, device, impl: str, dtype):
     docs = Documents.of(p.lengths, device, impl)
     pixels = None if p.pixels is None else normalise(put(p.pixels), dtype)
     return Pack(put(p.ids.astype(np.int64)), docs, docs.positions().to(device, non_blocking=True), put(p.rows),
-                put(p.targets), put(p.weights), pixels, p.grids, put(p.image_rows))
+                put(p.targets), put(p.weights), pixels, p.grids, put(p.image_rows),
+                None if disciplines is None else put(labels_of(p, disciplines)))
 
 
 # ---- packing --------------------------------------------------------------------------------------------------------
@@ -773,10 +803,16 @@ def _problem(p: tuple[str, str, str]) -> dict:
     return {"file": p[0], "row": p[1], "at": p[1], "reason": p[2]}
 
 
+@functools.lru_cache(maxsize=64)
+def _permutation(seed: int, n: int, *salt: int) -> np.ndarray:
+    return np.random.default_rng([seed, *salt]).permutation(n)
+
+
 class Loader:
     """Endless steps over the data, the same for every world size.
 
-    Order: a permutation of the rows by (seed, epoch); windows of it are measured (headers and token counts only) and
+    Order: a permutation of the rows by (seed, epoch), or, with weights, rows of each path in these shares, each path
+    permuted anew whenever it is used up; windows of the order are measured (headers and token counts only) and
     packed by best-fit-decreasing; the packs of a window are shuffled. A step takes the next `batch` packs (unit
     'packs') or packs exactly `batch` rows (unit 'rows'). With a plan the window is the whole data set and nothing is
     measured. A thread stays `prefetch` steps ahead; worker processes measure, read and decode.
@@ -784,7 +820,8 @@ class Loader:
     def __init__(self, source: Source, batch: int, unit: str = "packs", *, seed: int = 0, rank: int = 0, world: int = 1,
                  workers: int = 0, prefetch: int = 4, window: int = 4096, plan: str | None = None, pad: bool = False,
                  average: str = "token", vision: bool = True, on_bad: str = "stop", max_bad: float = 0.01,
-                 bad_file: Path | None = None, cost=(1.0, 0.0, 0.1, 0.0), shuffle: bool = True):
+                 bad_file: Path | None = None, cost=(1.0, 0.0, 0.1, 0.0), shuffle: bool = True,
+                 weights: list[float] | None = None):
         self.source = source.open()
         self.source.counts = self.source.data.counts
         assert unit == "rows" or batch % world == 0, f"batch {batch} packs does not divide over {world} ranks"
@@ -794,6 +831,13 @@ class Loader:
         self.on_bad, self.max_bad, self.bad_file, self.cost = on_bad, max_bad, bad_file, cost
         self.state = {"epoch": 0, "window": 0, "pack": 0, "seen": 0, "bad": {}}
         self.plan = load_plan(plan, source) if plan else None
+        if weights:
+            assert not plan, "weights and a packing plan exclude each other: a plan fixes the order of all rows"
+            assert len(weights) == len(source.paths), f"{len(weights)} weights for {len(source.paths)} data paths"
+            assert min(weights) >= 0 < sum(weights), f"weights {weights} must not be negative, nor all zero"
+            for path, weight, n in zip(source.paths, weights, np.diff(source.data.ranges)):
+                assert n or not weight, f"{path}: no rows, but weight {weight}"
+        self.shares = np.cumsum([0.0, *weights]) / np.sum(weights) if weights else None
         if len(source.data) == 0:
             raise UserError(f"{', '.join(source.paths)}: no rows: "
                             + "; ".join(" ".join(p) for p in source.data.problems))
@@ -820,6 +864,19 @@ class Loader:
             raise UserError(f"{n} bad of {s['seen']} rows is more than --max-bad {self.max_bad}: {worst}; "
                             f"all are in {self.bad_file}")
 
+    def _window(self, epoch: int, w: int) -> tuple[np.ndarray, bool]:
+        """Rows of window w of an epoch, and whether the epoch ends with it. Weighted rows have one endless epoch."""
+        n, W = len(self.source.data), self.window
+        if self.shares is None:
+            order = _permutation(self.seed, n, epoch) if self.shuffle else np.arange(n)
+            return order[w * W:(w + 1) * W], (w + 1) * W >= n
+        until = lambda rows: np.diff(np.floor(rows * self.shares + 1e-9)).astype(np.int64)  # of each path, so far
+        rows = []
+        for k, (first, stop) in enumerate(zip(until(w * W), until((w + 1) * W))):
+            start, count = self.source.data.ranges[k], self.source.data.ranges[k + 1] - self.source.data.ranges[k]
+            rows += [start + _permutation(self.seed, int(count), p // count, k)[p % count] for p in range(first, stop)]
+        return np.random.default_rng([self.seed, epoch, w, 1]).permutation(rows).astype(np.int64), False
+
     def _steps(self, pool, source):
         """Yields (this rank's packs as item arrays, state after the step), endlessly."""
         s = self.state_ahead
@@ -829,12 +886,10 @@ class Loader:
         while True:
             n, epoch, w = len(self.source.data), s["epoch"], s["window"]
             rng = np.random.default_rng([self.seed, epoch, w])
-            order = np.random.default_rng([self.seed, epoch]).permutation(n) if self.shuffle else np.arange(n)
             if self.plan is not None:
                 items, last = rng.permutation(self.plan) if self.shuffle else self.plan, True
             else:
-                rows = order[w * self.window:(w + 1) * self.window]
-                last = (w + 1) * self.window >= n
+                rows, last = self._window(epoch, w)
                 chunks = [rows[i:i + 64].tolist() for i in range(0, len(rows), 64)]
                 got = [f.result() for f in [pool.submit(_measure, source, c) for c in chunks]]
                 items = np.concatenate([g.items for g in got])
@@ -882,7 +937,7 @@ class Loader:
         def ahead():
             try:
                 for packs, state in self._steps(pool, source):
-                    put(([pool.submit(_make, source, p, *self.make) for p in packs], state))
+                    put(([pool.submit(pack_of, source, p, *self.make) for p in packs], state))
                     if stop.is_set():
                         return
             except BaseException as e:  # the training loop raises it
@@ -907,6 +962,7 @@ class Loader:
         finally:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
+            thread.join(timeout=30)  # a thread that is inside C++ when the interpreter ends would abort the process
 
 
 # ---- plan -----------------------------------------------------------------------------------------------------------

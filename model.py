@@ -19,6 +19,7 @@ Departures
 Letters: T tokens of all documents, D width, H heads, K key/value heads, d head width, F MLP width, V vocabulary,
 B sequences, S supervised rows.
 """
+import functools
 import json
 import re
 import shutil
@@ -35,6 +36,7 @@ from torch.distributed.tensor import DTensor
 
 from common import UserError, atomic_dir, is_rank0, latest, write_json
 from kernels.attention import Documents, attend, choose, rotate
+from moe import MoE
 from vision import VisionConfig, VisionTower
 
 _TOKEN_IDS = {"bos_token_id": 151643, "eos_token_id": 151645, "vision_start_token_id": 151652,
@@ -56,6 +58,14 @@ class ModelConfig:
     qkv_bias: bool = False  # Qwen2.5
     qk_norm: bool = True  # Qwen3: RMSNorm per head on queries and keys, before the rotation
     tie_word_embeddings: bool = False  # lm_head is the embedding
+    num_experts: int = 0  # E routed experts in every block; 0: a dense MLP
+    num_experts_per_tok: int = 8  # k
+    moe_intermediate_size: int = 0  # n, width of an expert
+    norm_topk_prob: bool = True  # the k routing weights sum to 1
+    shared_expert_intermediate_size: int = 0  # width of the MLP that every token takes; 0: none
+    shared_expert_gate: bool = False  # Qwen2-MoE: a sigmoid gate on that MLP
+    expert_groups: list = field(default_factory=list)  # disciplines; the first E / S experts are the first one's, ...
+    expert_scale: float = 1.0  # the experts' down projections were multiplied by this when they were split
     token_ids: dict = field(default_factory=lambda: dict(_TOKEN_IDS))  # ids that config.json carries; the tokenizer's
     vision: VisionConfig | None = None  # None: a text model
 
@@ -66,25 +76,42 @@ class ModelConfig:
     def __post_init__(self):
         assert self.num_attention_heads % self.num_key_value_heads == 0, \
             f"{self.num_attention_heads} heads do not divide over {self.num_key_value_heads} key/value heads"
+        if self.num_experts:
+            assert 0 < self.num_experts_per_tok <= self.num_experts, \
+                f"top-k {self.num_experts_per_tok} must lie in 1..{self.num_experts}, the number of experts"
+            assert self.moe_intermediate_size > 0, "experts need a moe_intermediate_size above 0"
+            assert self.num_experts % max(1, len(self.expert_groups)) == 0, \
+                f"{self.num_experts} experts do not divide over {len(self.expert_groups)} disciplines"
 
     @staticmethod
     def from_hf(c: dict) -> "ModelConfig":
-        """Reads config.json of Innovator-VL (and LLaVA-OneVision-1.5), Qwen2/2.5 or Qwen3."""
+        """Reads config.json of Innovator-VL (and LLaVA-OneVision-1.5), Innovator's MoE, Qwen2/2.5 or Qwen3, dense or
+        MoE."""
         t = c.get("text_config", c)
+        if "num_local_experts" in t:  # the name under which Transformers 5 writes Qwen3-MoE's
+            t = t | {"num_experts": t["num_local_experts"]}
         family = t["model_type"].lower()
-        known = ("qwen2", "qwen3", "innovatorvl_text", "llavaonevision1_5_text")
+        known = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "innovator_moe", "innovatorvl_text",
+                 "innovatorvlmoe_text", "llavaonevision1_5_text")
         assert family in known, f"config.json: model_type {t['model_type']!r} is not one of {', '.join(known)}"
         rope = t.get("rope_parameters") or {"rope_theta": t["rope_theta"], **(t.get("rope_scaling") or {})}
         kind = rope.get("rope_type", rope.get("type", "default"))
         assert kind == "default", \
             f"config.json: rope scaling {kind!r} is not supported; only unscaled rotary angles are"
-        v = c.get("vision_config")
+        v, moe = c.get("vision_config"), {}
+        if t.get("num_experts"):
+            assert not t.get("mlp_only_layers") and t.get("decoder_sparse_step", 1) == 1, \
+                "config.json: mlp_only_layers or decoder_sparse_step leave dense blocks; only MoE in every one is read"
+            moe = {k: t[k] for k in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")}
+            moe |= {"shared_expert_gate": family == "qwen2_moe"} | {k: t[k] for k in (
+                "shared_expert_intermediate_size", "shared_expert_gate", "expert_groups", "expert_scale") if k in t}
         return ModelConfig(
             **{k: t[k] for k in (
                 "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                 "num_key_value_heads", "rms_norm_eps", "max_position_embeddings")},
             head_dim=t.get("head_dim") or t["hidden_size"] // t["num_attention_heads"], rope_theta=rope["rope_theta"],
-            qkv_bias=t.get("attention_bias", family == "qwen2"), qk_norm=t.get("use_qk_norm", family != "qwen2"),
+            qkv_bias=t.get("attention_bias", t.get("qkv_bias", family.startswith("qwen2"))),
+            qk_norm=t.get("use_qk_norm", not family.startswith("qwen2")), **moe,
             tie_word_embeddings=c.get("tie_word_embeddings", t.get("tie_word_embeddings", False)),
             token_ids={k: next((x[k] for x in (c, t) if x.get(k) is not None), default)
                        for k, default in _TOKEN_IDS.items()},
@@ -93,17 +120,28 @@ class ModelConfig:
                 "spatial_merge_size", "layer_norm_eps")}))
 
     def to_hf(self, dtype: torch.dtype) -> dict:
-        """config.json of the released class (vision), or of Qwen2ForCausalLM / Qwen3ForCausalLM (text)."""
-        dtype = str(dtype).removeprefix("torch.")
-        text = {k: v for k, v in asdict(self).items() if k not in ("vision", "token_ids", "qkv_bias", "qk_norm")}
+        """config.json of the released class (vision), of Qwen2ForCausalLM / Qwen3ForCausalLM and their MoE (text), or,
+        for an upcycled model, of our own."""
+        dtype, moe = str(dtype).removeprefix("torch."), [f for f in asdict(self) if "expert" in f or f in (
+            "moe_intermediate_size", "norm_topk_prob")]
+        text = {k: v for k, v in asdict(self).items() if k not in ("vision", "token_ids", "qkv_bias", "qk_norm", *moe)}
+        if self.num_experts:
+            text |= {k: v for k, v in asdict(self).items() if k in moe} | {
+                "decoder_sparse_step": 1, "mlp_only_layers": [], "router_aux_loss_coef": 0.001}
         text |= {"hidden_act": "silu", "rope_scaling": None, "attention_dropout": 0.0, "initializer_range": 0.02,
                  "use_sliding_window": False, "sliding_window": None, "use_cache": True, "torch_dtype": dtype}
         if self.vision is None:
             assert self.qkv_bias != self.qk_norm, "a text checkpoint is Qwen2 (bias) or Qwen3 (q/k norm)"
-            family, arch = ("qwen3", "Qwen3ForCausalLM") if self.qk_norm else ("qwen2", "Qwen2ForCausalLM")
+            family, arch = ("qwen3", "Qwen3") if self.qk_norm else ("qwen2", "Qwen2")
+            if self.num_experts and (not self.shared_expert_intermediate_size if self.qk_norm
+                                     else self.shared_expert_gate):
+                family, arch = family + "_moe", arch + "Moe"
+            elif self.num_experts:
+                family, arch = "innovator_moe", "InnovatorMoe"
             ids = {k: self.token_ids[k] for k in ("bos_token_id", "eos_token_id")}
-            return {"architectures": [arch], "model_type": family} | ids | text | (
-                {"attention_bias": False} if self.qk_norm else {})
+            return {"architectures": [arch + "ForCausalLM"], "model_type": family} | ids | text | (
+                {"attention_bias": False} if self.qk_norm else {}) | (
+                {"attention_bias": self.qkv_bias, "use_qk_norm": self.qk_norm} if family == "innovator_moe" else {})
         vision = asdict(self.vision) | {
             "model_type": "rice_vit", "hidden_size": self.vision.embed_dim, "hidden_act": "gelu",
             "temporal_patch_size": 1, "text_hidden_size": self.hidden_size}
@@ -118,6 +156,25 @@ class ModelConfig:
 _QWEN25_7B = ModelConfig(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
                          num_attention_heads=28, num_key_value_heads=4, max_position_embeddings=131072, qkv_bias=True,
                          qk_norm=False)
+_TINY = ModelConfig(vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+                    num_attention_heads=4, num_key_value_heads=2, head_dim=32, rope_theta=1e4,
+                    max_position_embeddings=2048)
+_MINI = ModelConfig(hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
+                    num_key_value_heads=4, head_dim=64, tie_word_embeddings=True, max_position_embeddings=8192)
+
+
+def upcycled(c: ModelConfig, groups: list[str], slices: int, top_k: int, **fields) -> ModelConfig:
+    """A dense model's configuration with `slices` experts a discipline, each a slice of its MLP, and that MLP shared.
+    """
+    assert c.num_experts == 0, "the model is a MoE already"
+    assert c.intermediate_size % slices == 0, \
+        f"an MLP of {c.intermediate_size} does not divide into {slices} slices"
+    return replace(c, num_experts=len(groups) * slices, num_experts_per_tok=top_k, expert_groups=list(groups),
+                   moe_intermediate_size=c.intermediate_size // slices,
+                   shared_expert_intermediate_size=c.intermediate_size, **fields)
+
+
+_EIGHT = [f"discipline {i}" for i in range(8)]
 _TINY_VIT = VisionConfig(depth=4, embed_dim=128, num_heads=4, intermediate_size=384)
 PRESETS = {  # sizes: the released configurations; tiny and mini are ours
     "qwen2.5-7b": _QWEN25_7B,
@@ -127,14 +184,18 @@ PRESETS = {  # sizes: the released configurations; tiny and mini are ours
                                    max_position_embeddings=262144, vision=VisionConfig()),
     "innovator-vl-14b": ModelConfig(hidden_size=5120, intermediate_size=17408, num_hidden_layers=40,
                                     num_attention_heads=40, vision=VisionConfig()),
+    # Qwen3-30B-A3B under RICE-ViT
+    "innovator-vl-30b-a3b": ModelConfig(
+        hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_key_value_heads=4, num_experts=128,
+        moe_intermediate_size=768, max_position_embeddings=40960, vision=VisionConfig()),
+    # Qwen2.5-7B upcycled: eight disciplines in eight slices, top 8
+    "innovator-53b-a13b": upcycled(_QWEN25_7B, _EIGHT, 8, 8),
     # a laptop CPU: the toy world in minutes
-    "tiny": ModelConfig(vocab_size=1024, hidden_size=128, intermediate_size=384, num_hidden_layers=4,
-                        num_attention_heads=4, num_key_value_heads=2, head_dim=32, rope_theta=1e4,
-                        max_position_embeddings=2048, vision=_TINY_VIT),
+    "tiny": replace(_TINY, vision=_TINY_VIT),
+    "tiny-moe": upcycled(replace(_TINY, qkv_bias=True, qk_norm=False), _EIGHT, 8, 8),
     # about 100M, one GPU: real tokenizer, real resolution
-    "mini": ModelConfig(hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
-                        num_key_value_heads=4, head_dim=64, tie_word_embeddings=True, max_position_embeddings=8192,
-                        vision=VisionConfig(depth=6, embed_dim=384, num_heads=6, intermediate_size=1536)),
+    "mini": replace(_MINI, vision=VisionConfig(depth=6, embed_dim=384, num_heads=6, intermediate_size=1536)),
+    "mini-moe": upcycled(replace(_MINI, qkv_bias=True, qk_norm=False, tie_word_embeddings=False), _EIGHT, 8, 8),
 }
 
 
@@ -160,11 +221,11 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, c: ModelConfig):
+    def __init__(self, D: int, F: int):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(D, F, bias=False)
+        self.up_proj = nn.Linear(D, F, bias=False)
+        self.down_proj = nn.Linear(F, D, bias=False)
 
     def forward(self, x_TD):
         return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
@@ -174,16 +235,23 @@ class Block(nn.Module):
     def __init__(self, c: ModelConfig):
         super().__init__()
         self.self_attn = Attention(c)
-        self.mlp = MLP(c)
+        self.mlp = MLP(c.hidden_size, c.intermediate_size) if not c.num_experts else MoE(
+            c, shared=MLP(c.hidden_size, c.shared_expert_intermediate_size) if c.shared_expert_intermediate_size
+            else None)
         self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.around = None  # with expert parallelism, the experts' own sharding unit
 
-    def run(self, x_TD, angles, docs, impl, cache=None):
+    def run(self, x_TD, angles, docs, impl, cache=None, labels=None):
+        """-> x [T, D]; and for experts with labels their routing losses and counts (moe.routing_losses), else None."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), angles, docs, impl, cache)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+        h_TD = self.post_attention_layernorm(x_TD)
+        y_TD, routing = self.mlp(h_TD, labels) if isinstance(self.mlp, MoE) else (self.mlp(h_TD), None)
+        return x_TD + y_TD, routing
 
     def forward(self, *args):
-        return self.run(*args)  # training wraps `run` (checkpointing, compile) and leaves the module's hooks outside
+        # training wraps `run` (checkpointing, compile) and leaves the hooks of sharding units outside
+        return self.run(*args) if self.around is None else self.around(self.run, *args)
 
 
 class Decoder(nn.Module):
@@ -194,14 +262,17 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.rope = (c.rope_theta, c.head_dim)
 
-    def forward(self, x_TD, positions_T, docs, impl, cache=None):
+    def forward(self, x_TD, positions_T, docs, impl, cache=None, labels=None):
+        """-> hidden rows [T, D], and a MoE's routing over its layers: (losses [L, 3], counts [L, S + 1, E]) or None."""
         theta, d = self.rope
         inv = 1 / theta ** (torch.arange(0, d, 2, device=x_TD.device, dtype=torch.float32) / d)
         angles = positions_T[:, None].float() * inv  # [T, d/2]
         angles = (angles.cos()[:, None], angles.sin()[:, None])
+        routing = []
         for layer, block in enumerate(self.layers):
-            x_TD = block(x_TD, angles, docs, impl, cache and cache.layer(layer))
-        return self.norm(x_TD)
+            x_TD, r = block(x_TD, angles, docs, impl, cache and cache.layer(layer), labels)
+            routing += [r] if r is not None else []
+        return self.norm(x_TD), tuple(torch.stack(r) for r in zip(*routing)) or None
 
 
 @dataclass
@@ -216,6 +287,7 @@ class Pack:
     pixels: torch.Tensor | None = None  # [P, 588] normalised patches
     grids: list[tuple[int, int, int]] = field(default_factory=list)
     image_rows: torch.Tensor | None = None  # [M] rows that hold <|image_pad|>, in order
+    labels: torch.Tensor | None = None  # [T] discipline of each token (moe.routing_losses); None: not counted
 
 
 class Innovator(nn.Module):
@@ -261,15 +333,18 @@ class Innovator(nn.Module):
         return x_TD.index_copy(0, image_rows, rows_MD.to(x_TD.dtype))
 
     def hidden(self, p: Pack):
-        return self.model(self.embed(p.input_ids, p.pixels, p.grids, p.image_rows), p.positions, p.docs, self.impl)
+        return self.model(self.embed(p.input_ids, p.pixels, p.grids, p.image_rows), p.positions, p.docs, self.impl,
+                          labels=p.labels)
 
     def forward(self, p: Pack, entropy: bool | None = None):
         """The weighted sum of -log p over the supervised rows and its unweighted twin (both fp32 scalars), or, with
-        entropy given, the log-probability of each target and (entropy=True) its distribution's entropy, each [S]."""
-        h_SD = self.hidden(p).index_select(0, p.rows)  # the head runs on supervised rows only
+        entropy given, the log-probability of each target and (entropy=True) its distribution's entropy, each [S].
+        Third: the routing of a MoE (Decoder.forward), if the pack has labels."""
+        h_TD, routing = self.hidden(p)
+        h_SD = h_TD.index_select(0, p.rows)  # the head runs on supervised rows only
         if entropy is None:
-            return linear_cross_entropy(h_SD, self.lm_head.weight, p.targets, p.weights)
-        return token_logprobs(h_SD, self.lm_head.weight, p.targets, entropy)
+            return *linear_cross_entropy(h_SD, self.lm_head.weight, p.targets, p.weights), routing
+        return *token_logprobs(h_SD, self.lm_head.weight, p.targets, entropy), routing
 
     def logits(self, input_ids, pixel_values=None, image_grid_thw=None) -> torch.Tensor:
         """Logits of one document. input_ids [T], pixel_values [P, 588], image_grid_thw [N, 3]. -> [T, V] fp32"""
@@ -277,7 +352,7 @@ class Innovator(nn.Module):
         grids = [] if image_grid_thw is None else [tuple(g) for g in torch.as_tensor(image_grid_thw).tolist()]
         docs = Documents.of([len(ids)], ids.device, self.impl)
         x = self.embed(ids, None if pixel_values is None else pixel_values.to(ids.device), grids)
-        return self.lm_head(self.model(x, docs.positions().to(ids.device), docs, self.impl)).float()
+        return self.lm_head(self.model(x, docs.positions().to(ids.device), docs, self.impl)[0]).float()
 
     @property
     def device(self) -> torch.device:
@@ -286,23 +361,36 @@ class Innovator(nn.Module):
     def train_flops(self, lengths: list[int], grids, supervised: int) -> float:
         """FLOPs that a training step needs for these documents: forward, gradient to inputs where it flows, gradient to
         weights where they train. Recomputation is not counted, nor the head on unsupervised rows."""
-        c, trains = self.config, {p for p, q in self.named_parameters() if q.requires_grad}
-        trained = {part: any(n.startswith(part) for n in trains)
-                   for part in ("model.layers", "lm_head", "visual.merger", "visual.")}
-        vision = trained["visual."]
-        tower = any(n.startswith("visual.") and not n.startswith("visual.merger") for n in trains)
+        c, trained = self.config, self._trained
+        active = c.intermediate_size if not c.num_experts else \
+            c.shared_expert_intermediate_size + c.num_experts_per_tok * c.moe_intermediate_size
         T, D, wide = sum(lengths), c.hidden_size, c.num_attention_heads * c.head_dim
         linear = 2 * T * c.num_hidden_layers * (
-            D * (2 * wide + 2 * c.num_key_value_heads * c.head_dim) + 3 * D * c.intermediate_size)
+            D * (2 * wide + 2 * c.num_key_value_heads * c.head_dim) + 3 * D * active + D * c.num_experts)
+        experts = 2 * T * c.num_hidden_layers * 3 * D * c.num_experts_per_tok * c.moe_intermediate_size
         scores = 2 * c.num_hidden_layers * wide * sum(n * n for n in lengths)  # causal: half of 4
-        flow = 2 if trained["model.layers"] or vision else 1  # the gradient passes through the decoder
-        total = linear * (flow + trained["model.layers"]) + scores * (3 if flow == 2 else 1)
+        # the gradient passes through the decoder; routers alone (stage route) learn from losses at their own outputs
+        flow = 2 if trained["decoder"] or trained["experts"] or trained["visual."] else 1
+        total = linear * (flow + trained["decoder"]) + scores * (3 if flow == 2 else 1)
+        total += experts if trained["experts"] and not trained["decoder"] else 0
         total += 2 * supervised * D * c.vocab_size * (
-            2 + (trained["lm_head"] or c.tie_word_embeddings and trained["model.layers"]))
+            flow + (trained["lm_head"] or c.tie_word_embeddings and trained["decoder"]))
         if self.visual is not None and grids:
             tower_flops, merger_flops = self.visual.flops(grids)
-            total += tower_flops * (3 if tower else 1) + merger_flops * (1 + trained["visual.merger"] + tower)
+            total += tower_flops * (3 if trained["tower"] else 1)
+            total += merger_flops * (1 + trained["visual.merger"] + trained["tower"])
         return float(total)
+
+    @functools.cached_property
+    def _trained(self) -> dict[str, bool]:
+        """Which parts have parameters that train; asked first when training starts."""
+        names = [n for n, p in self.named_parameters() if p.requires_grad]
+        trained = {part: any(n.startswith(part) for n in names) for part in ("lm_head", "visual.merger", "visual.")}
+        trained["tower"] = any(n.startswith("visual.") and not n.startswith("visual.merger") for n in names)
+        trained["experts"] = any(".experts." in n for n in names)
+        trained["decoder"] = any(n.startswith("model.layers.") and ".experts." not in n and ".mlp.gate." not in n
+                                 for n in names)
+        return trained
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
     @classmethod
@@ -365,7 +453,7 @@ class Innovator(nn.Module):
         last = docs.cu[1:].long() - 1
         new, alive = [[] for _ in prompts], [True] * B
         for _ in range(max_new_tokens):
-            h = self.model(x, positions, docs, impl, cache)[last]  # [B, D]
+            h = self.model(x, positions, docs, impl, cache)[0][last]  # [B, D]
             ids = sample(self.lm_head(h).float(), temperature, top_p, top_k, generator)
             for b, t in enumerate(ids.tolist()):
                 if alive[b]:
@@ -571,6 +659,25 @@ def released_name(name: str) -> str:
     return name
 
 
+def pieces(name: str, shape) -> list[tuple[str, tuple[slice, ...]]]:
+    """Where the parts of a parameter are in a checkpoint: [(name there, region of the parameter)]. Stacked experts are
+    one tensor per expert and projection there; everything else is one tensor of the same name."""
+    found = re.fullmatch(r"(.+\.mlp\.experts)\.(gate_up|down)_proj", name)
+    if not found:
+        return [(name, tuple(slice(0, n) for n in shape))]
+    E, rows, columns = shape
+    parts = {"gate_proj": (0, rows // 2), "up_proj": (rows // 2, rows)} if found[2] == "gate_up" else \
+        {"down_proj": (0, rows)}
+    return [(f"{found[1]}.{e}.{proj}.weight", (slice(e, e + 1), slice(*r), slice(0, columns)))
+            for e in range(E) for proj, r in parts.items()]
+
+
+def file_shape(name: str, region: tuple[slice, ...]) -> tuple[int, ...]:
+    """Shape in the file: an expert's tensor has no axis of experts."""
+    shape = tuple(r.stop - r.start for r in region)
+    return shape[1:] if ".mlp.experts." in name else shape
+
+
 def config_of(path) -> ModelConfig:
     """The configuration of a checkpoint folder, a run folder (its newest step), or 'preset:NAME'."""
     if str(path).startswith("preset:"):
@@ -616,7 +723,7 @@ def local_slice(p: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
 def load_weights(model: nn.Module, path) -> None:
     """Fills a model (plain or sharded) from a checkpoint folder; each rank reads only its rows of each tensor. Missing,
     extra and misshapen tensors are one error that lists them; nothing is read before the names and shapes agree."""
-    params = dict(model.named_parameters())
+    params = {name: (p, region) for full, p in model.named_parameters() for name, region in pieces(full, p.shape)}
     found, wrong = {}, []
     for file in weight_files(path):
         try:
@@ -627,8 +734,9 @@ def load_weights(model: nn.Module, path) -> None:
                     if name in found:
                         wrong.append(f"twice: {name} in {found[name][0].name} and {file.name}")
                     found[name] = (file, key)
-                    if name in params and tuple(params[name].shape) != shape:
-                        wrong.append(f"shape: {name} is {list(shape)}, the model needs {list(params[name].shape)}")
+                    if name in params and file_shape(name, params[name][1]) != shape:
+                        wrong.append(f"shape: {name} is {list(shape)}, the model needs "
+                                     f"{list(file_shape(name, params[name][1]))}")
         except Exception as e:
             if isinstance(e, (KeyboardInterrupt, UserError)):
                 raise
@@ -642,9 +750,14 @@ def load_weights(model: nn.Module, path) -> None:
     for file in weight_files(path):
         with safe_open(file, "pt") as f:
             for name, (_, key) in ((n, v) for n, v in found.items() if v[0] == file):
-                local, where = local_slice(params[name])
-                if local.numel():
-                    local.copy_(f.get_slice(key)[where])
+                p, region = params[name]
+                local, where = local_slice(p)
+                both = [(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(where, region)]
+                if all(start < stop for start, stop in both):  # this rank holds a part of it
+                    source = [slice(start - r.start, stop - r.start) for (start, stop), r in zip(both, region)]
+                    mine = local[tuple(slice(start - w.start, stop - w.start) for (start, stop), w in zip(both, where))]
+                    mine.copy_(f.get_slice(key)[tuple(source[len(source) - len(f.get_slice(key).get_shape()):])]
+                               .view(mine.shape))
     folder = checkpoint_folder(path)
     model.assets = folder if (folder / "tokenizer.json").exists() else model.assets
 
@@ -673,8 +786,23 @@ def init_weights(model: nn.Module, seed: int, prefix: str = "") -> None:
 @torch.no_grad()
 def save_weights(model: Innovator, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Weights (in `dtype`, else as they are), config.json and the tokenizer and processor files, into `folder`. Shards
-    of a distributed model are gathered one tensor at a time; rank 0 holds at most one output file in memory."""
-    files, pending, size, dtype = {}, {}, 0, dtype or model.model.norm.weight.dtype
+    of a distributed model are gathered one parameter at a time; rank 0 holds at most one output file in memory."""
+    dtype = dtype or model.model.norm.weight.dtype
+
+    def tensors():
+        for full, p in model.named_parameters():
+            whole = p.detach().to(dtype)
+            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
+            for name, region in pieces(full, p.shape) if is_rank0() else ():
+                yield name, whole[region].reshape(file_shape(name, region))
+    write_checkpoint(folder, model.config, tensors(), dtype, model.assets)
+
+
+def write_checkpoint(folder: Path, config: ModelConfig, tensors, dtype: torch.dtype, assets: Path | None,
+                     hf: dict | None = None) -> None:
+    """Streams (name, tensor) pairs to safetensors files of SHARD_BYTES, then writes config.json (`hf`, else the
+    configuration's own form) and the files that travel along. Every rank runs the stream; rank 0 writes."""
+    files, pending, size, total = {}, {}, 0, 0
 
     def flush():
         nonlocal pending, size
@@ -684,15 +812,11 @@ def save_weights(model: Innovator, folder: Path, dtype: torch.dtype | None = Non
             save_file(pending, folder / name, metadata={"format": "pt"})
             pending, size = {}, 0
 
-    total = 0
-    for name, p in model.named_parameters():
-        whole = p.full_tensor() if isinstance(p, DTensor) else p
-        if is_rank0():
-            pending[name] = whole.detach().to(device="cpu", dtype=dtype, copy=True).contiguous()
-            size += pending[name].nbytes
-            total += pending[name].nbytes
-            if size >= SHARD_BYTES:
-                flush()
+    for name, tensor in tensors:
+        pending[name] = tensor.to(device="cpu", dtype=dtype, copy=True).contiguous()
+        size, total = size + pending[name].nbytes, total + pending[name].nbytes
+        if size >= SHARD_BYTES:
+            flush()
     if not is_rank0():
         return
     flush()
@@ -704,17 +828,17 @@ def save_weights(model: Innovator, folder: Path, dtype: torch.dtype | None = Non
         weight_map = {t: name for (part, ts), name in zip(files.items(), names) for t in ts}
         write_json(folder / "model.safetensors.index.json",
                    {"metadata": {"total_size": total}, "weight_map": weight_map})
-    write_json(folder / "config.json", model.config.to_hf(dtype))
-    ids = model.config.token_ids
+    write_json(folder / "config.json", hf or config.to_hf(dtype))
+    ids = config.token_ids
     write_json(folder / "generation_config.json", {
         "do_sample": False, "eos_token_id": [ids["eos_token_id"], ids["bos_token_id"]],
         "pad_token_id": ids["bos_token_id"]})
-    if model.visual is not None:
+    if config.vision is not None:
         for name, value in PROCESSOR.items():
             write_json(folder / name, value)
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    if model.assets:
-        copy_assets(model.assets, folder)
+    if assets:
+        copy_assets(assets, folder)
 
 
 def copy_assets(source: Path, folder: Path) -> None:

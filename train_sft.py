@@ -1,14 +1,22 @@
-"""Supervised training: the three stages of Innovator-VL and plain text pretraining.
+"""Supervised training: the three stages of Innovator-VL, plain text pretraining, and the three trained stages that
+upcycle a dense model to Innovator's MoE.
 
     torchrun --nproc-per-node 8 train_sft.py --stage align --model stage0 --data LLaVA-558K --out runs/align
     torchrun --nproc-per-node 8 train_sft.py --stage mid --model runs/align --data Mid-Training-85M --out runs/mid
     torchrun --nproc-per-node 8 train_sft.py --stage instruct --model runs/mid --data Instruct-46M --out runs/instruct
     python train_sft.py --stage pretrain --model preset:tiny --tokenizer DIR --data text.jsonl --out runs/text
 
+    python upcycle.py induct --dense Qwen2.5-7B --discipline chemistry --out chemistry0
+    torchrun --nproc-per-node 8 train_sft.py --stage induct --model chemistry0 --data chemistry --out runs/chemistry
+    python upcycle.py split --dense Qwen2.5-7B --expert chemistry=runs/chemistry --expert ... --out split
+    torchrun --nproc-per-node 8 train_sft.py --stage route --model split --data labelled --out runs/route
+    torchrun --nproc-per-node 8 train_sft.py --stage integrate --model runs/route --ep 8 \
+        --data general science --weights 0.3 0.7 --out runs/integrate
+
 One GPU or a CPU runs the same lines without torchrun. STAGES below holds the released settings; every one can be given
 on the command line. --model takes a Hugging Face folder, the folder of an earlier run (its newest checkpoint) or
 preset:NAME (random weights). A run leaves step_XXXXXXXX/ (the model in the released layout, and state/ to resume from),
-metrics.jsonl and curves.png.
+metrics.jsonl and curves.png; with --val also val.jsonl: loss per discipline, and where a MoE's router sends it.
 
 Departures from the released recipe (Innovator-VL quick start scripts; its report confirms the trained modules only)
 1. The loss is normalised by the supervised tokens of the whole step, over ranks and micro-batches. The released code
@@ -17,16 +25,22 @@ Departures from the released recipe (Innovator-VL quick start scripts; its repor
 3. align and mid pack to 8192 tokens, the length of the released packing configuration (its 32768 is only a bound).
 4. The warm-up's first step has lr / warm-up steps, not zero.
 5. pretrain has no released counterpart; its settings are ours.
+6. Of induct, route and integrate the Innovator paper (arXiv:2507.18671, section 4) gives what trains, the losses' names
+   and, for integrate, 8192 tokens a sequence and 300B in all; learning rates, batches and coefficients are ours.
+7. In route each router learns from its own layer's losses alone: nothing is sent back through frozen layers, nor is the
+   language loss used. A router is then a classifier of its layer's input, and the stage costs one forward pass.
 """
 import functools
 import json
 import math
+import re
 import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -34,12 +48,15 @@ from tqdm import tqdm
 
 import common
 from common import UserError, is_rank0, print0, rank, world
-from data import Limits, Loader, Source, Tokenizer, to_device
+from data import Limits, Loader, Source, Tokenizer, best_fit_decreasing, labels_of, pack_of, survey, to_device
 from model import Innovator, checkpoint_folder, config_of, init_weights, load_weights, save_weights
+from moe import load_statistics
 
-# --trainable names -> prefixes of parameter names
-MODULES = {"language_model": ("model.", "lm_head."), "adapter": ("visual.merger.",),
-           "vision_model": ("visual.patch_embed.", "visual.class_", "visual.pre_layernorm.", "visual.blocks.")}
+# --trainable names -> start of parameter names
+MODULES = {"language_model": r"model\.|lm_head\.", "adapter": r"visual\.merger\.",
+           "vision_model": r"visual\.(patch_embed|class_|pre_layernorm|blocks)",
+           "experts": r"model\.layers\.\d+\.mlp\.experts\.", "routers": r"model\.layers\.\d+\.mlp\.gate\."}
+TEXT_STAGES = ("pretrain", "induct", "route", "integrate")  # need no vision tower
 STAGES = {
     "pretrain": dict(trainable=["language_model"], lr=3e-4, min_lr=3e-5, warmup=0.01, weight_decay=0.1, beta2=0.95,
                      steps=10000, batch=64, unit="packs", seq_len=8192, max_side=0),
@@ -49,17 +66,25 @@ STAGES = {
                 weight_decay=0.01, beta2=0.95, steps=78373, batch=96, unit="packs", seq_len=8192, max_side=0),
     "instruct": dict(trainable=["language_model", "adapter", "vision_model"], lr=1e-5, min_lr=1e-6, warmup=0.002,
                      weight_decay=0.0, beta2=0.99, steps=171875, batch=288, unit="rows", seq_len=32768, max_side=1000),
+    "induct": dict(trainable=["experts"], lr=1e-4, min_lr=1e-5, warmup=0.01, weight_decay=0.1, beta2=0.95, steps=5000,
+                   batch=64, unit="packs", seq_len=8192, max_side=0, balance=0.0, z=0.0),
+    "route": dict(trainable=["routers"], lr=1e-3, min_lr=1e-4, warmup=0.01, weight_decay=0.0, beta2=0.95, steps=500,
+                  batch=64, unit="packs", seq_len=8192, max_side=0, label=1.0, z=0.0, recompute="none"),
+    "integrate": dict(trainable=["language_model"], lr=1e-4, min_lr=1e-5, warmup=0.01, weight_decay=0.1, beta2=0.95,
+                      steps=71526, batch=512, unit="packs", seq_len=8192, max_side=0),
 }
+EVERY_STAGE = dict(balance=0.01, z=0.001, label=0.0, recompute="selective")  # unless its row says otherwise
 
 
 @dataclass
 class Config:
-    stage: Literal["align", "mid", "instruct", "pretrain"]  # row of the stage table: defaults of the fields marked *
+    stage: Literal["align", "mid", "instruct", "pretrain", "induct", "route", "integrate"]  # defaults of fields with *
     model: str  # checkpoint folder, run folder, or preset:NAME for random weights
     data: list[str]  # files or folders in any published format
     out: str  # folder of this run
+    weights: list[float] | None = None  # share of the rows drawn from each --data path; default: all rows once an epoch
     tokenizer: str = ""  # folder or file; empty: the model's own
-    trainable: list[str] | None = None  # * modules that train: language_model adapter vision_model
+    trainable: list[str] | None = None  # * modules that train: language_model adapter vision_model experts routers
     lr: float | None = None  # * peak learning rate
     min_lr: float | None = None  # * floor of the cosine
     warmup: float | None = None  # * share of the steps that warm up linearly
@@ -73,12 +98,19 @@ class Config:
     unit: Literal["packs", "rows"] | None = None  # * what batch counts: full packs, or exactly this many rows, packed
     seq_len: int | None = None  # * tokens a pack, and longest document
     loss_average: Literal["token", "pack", "document"] = "token"  # what weighs the same in the loss
+    balance: float | None = None  # * coefficient of the experts' balance loss (moe.routing_losses has all three)
+    z: float | None = None  # * coefficient of the routers' z-loss
+    label: float | None = None  # * coefficient of the discipline loss on the routers
+    label_loss: Literal["bce", "ce"] = "bce"  # its form: multi-label, or cross-entropy with the discipline's experts
+    val: list[str] | None = None  # held-out files or folders: loss per discipline before, during and after training
+    val_every: int = 0  # steps between validations; 0: only before the first step and after the last
     min_pixels: int = 3136  # smallest image area
     max_pixels: int = 2560000  # largest image area
     max_side: int | None = None  # * longest image side first reduced to this, 0: off
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # compute; auto: bf16 on GPUs, fp32 on CPUs; masters are fp32
     attention: Literal["auto", "flash-attn", "varlen", "sdpa"] = "auto"  # packed attention; auto: the fastest that runs
-    recompute: Literal["none", "selective", "full"] = "selective"  # activation checkpointing per block
+    ep: int = 1  # expert parallelism: neighbouring ranks that divide the experts among them; divides the ranks
+    recompute: Literal["none", "selective", "full"] | None = None  # * activation checkpointing per block
     compile: bool | None = None  # torch.compile per block; default on GPUs only
     workers: int = 4  # data processes a rank
     prefetch: int = 4  # steps the loader stays ahead
@@ -94,7 +126,7 @@ class Config:
     log_samples: bool = False  # write the documents of every step to samples_rankN.jsonl
 
     def __post_init__(self):
-        for key, value in STAGES[self.stage].items():
+        for key, value in (EVERY_STAGE | STAGES[self.stage]).items():
             if getattr(self, key) is None:
                 setattr(self, key, value)
         for name in self.trainable:
@@ -113,20 +145,25 @@ def learning_rate(c: Config, step: int) -> float:
 
 
 def _save_policy():
-    """Keeps attention outputs and every second matrix product of a block; everything else is computed again."""
-    ops, count = torch.ops, 0
+    """Keeps attention outputs, every second matrix product of a block, and the routers' choices: which experts a token
+    goes to is never decided twice. Everything else is computed again."""
+    ops, count, grouped = torch.ops, 0, 0
     keep = {getattr(ops.aten, n).default for n in (
         "_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention",
         "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention_for_cpu")}
     for namespace, name in (("torch_attn", "_varlen_attn"), ("flash_attn", "_flash_attn_varlen_forward")):
         if hasattr(getattr(ops, namespace), name):
             keep.add(getattr(getattr(ops, namespace), name).default)
+    keep.add(ops.aten.topk.default)
 
     def policy(ctx, op, *args, **kwargs):
-        nonlocal count
+        nonlocal count, grouped
         if op in (ops.aten.mm.default, ops.aten.addmm.default):
             count += 1
             return CheckpointPolicy.MUST_SAVE if count % 2 else CheckpointPolicy.PREFER_RECOMPUTE
+        if op is ops.aten._grouped_mm.default:  # the first of two, the gate/up product: the one kept for the backward
+            grouped += 1
+            return CheckpointPolicy.MUST_SAVE if grouped % 2 else CheckpointPolicy.PREFER_RECOMPUTE
         return CheckpointPolicy.MUST_SAVE if op in keep else CheckpointPolicy.PREFER_RECOMPUTE
     return policy
 
@@ -140,10 +177,11 @@ def _selective_contexts():
 
 def prepare_blocks(model: Innovator, recompute: str, compile: bool) -> None:
     """Wraps each block's run(): recomputation inside, compilation (one graph for all blocks of a kind) outside."""
+    choices = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.topk.default])
     for block in [*model.model.layers, *(model.visual.blocks if model.visual is not None else [])]:
         run = block.run
         if recompute != "none":
-            extra = dict(context_fn=_selective_contexts) if recompute == "selective" else {}
+            extra = dict(context_fn=_selective_contexts if recompute == "selective" else choices)
             run = functools.partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False, **extra)
         block.run = torch.compile(run) if compile else run
 
@@ -157,22 +195,34 @@ def build(c: Config, device: torch.device) -> tuple[Innovator, Tokenizer]:
     if fresh:
         config.token_ids = tok.token_ids()
         config.vocab_size = max(config.vocab_size, math.ceil(tok.size / 128) * 128)
-        if c.stage == "pretrain":
+        if c.stage in TEXT_STAGES:
             config.vision = None
     assert tok.size <= config.vocab_size, \
         f"the tokenizer has {tok.size} tokens, the model's embedding {config.vocab_size} rows"
     assert tok.image_pad == config.image_token_id or config.vision is None, \
         f"<|image_pad|> is {tok.image_pad} in the tokenizer, {config.image_token_id} in config.json"
-    assert config.vision is not None or c.stage == "pretrain", \
+    assert config.vision is not None or c.stage in TEXT_STAGES, \
         f"{c.model} has no vision tower; make one: python upcycle.py stage0 -h"
+    assert c.stage != "induct" or config.num_experts == 1, \
+        f"{c.model} has {config.num_experts} experts; induct trains one: python upcycle.py induct -h makes it"
+    assert c.stage not in ("route", "integrate") or config.num_experts > 1, \
+        f"{c.model} has {config.num_experts} experts; make a MoE: python upcycle.py split -h"
+    assert not c.label or config.expert_groups, f"{c.model} does not say which discipline owns which expert: " \
+        "train routers on a model from upcycle.py split, or with --label 0"
     assert c.seq_len <= config.max_position_embeddings, \
         f"seq_len {c.seq_len} exceeds the model's {config.max_position_embeddings}"
     model = Innovator.on_meta(config)
     model.attention, model.assets = c.attention, tok.path.parent
-    prefixes = tuple(p for name in c.trainable for p in MODULES[name])
+    trains = re.compile("|".join(MODULES[name] for name in c.trainable))
     for name, p in model.named_parameters():
-        p.requires_grad_(name.startswith(prefixes))
-    common.shard(model, {"bf16": torch.bfloat16, "fp32": torch.float32}[c.dtype])
+        p.requires_grad_(bool(trains.match(name)))
+    assert any(p.requires_grad for p in model.parameters()), f"--trainable {c.trainable}: the model has no such part"
+    common.shard(model, {"bf16": torch.bfloat16, "fp32": torch.float32}[c.dtype], c.ep)
+    for block in model.model.layers if config.num_experts else ():
+        block.mlp.router_only, block.mlp.label_loss = c.stage == "route", c.label_loss
+        if c.stage == "route":  # the backward pass of a router's own losses needs no parameter of the block: without
+            for unit in filter(None, (block, block.around)):  # this, all blocks would be gathered at the same time
+                unit.set_unshard_in_backward(False)
     model.to_empty(device=device)
     if fresh:
         init_weights(model, c.seed)
@@ -185,10 +235,42 @@ def build(c: Config, device: torch.device) -> tuple[Innovator, Tokenizer]:
 def adamw(model: Innovator, c: Config) -> torch.optim.AdamW:
     """Weight decay on matrices only; biases, norms and single vectors have none."""
     params = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in params if p.ndim >= 2], weight_decay=c.weight_decay),
-              dict(params=[p for p in params if p.ndim < 2], weight_decay=0.0)]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps,
-                             fused=True)
+    groups = [dict(params=same, weight_decay=decay)
+              for decay, some in ((c.weight_decay, [p for p in params if p.ndim >= 2]),
+                                  (0.0, [p for p in params if p.ndim < 2]))
+              for same in common.by_mesh(some)]
+    return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
+
+
+class Validation:
+    """Held-out rows, packed once; every rank keeps its packs."""
+    def __init__(self, c: Config, source: Source, pad: bool, vision: bool):
+        items, bad = (lambda m: (m.items, m.bad))(survey(source, 0, False))
+        if bad:
+            raise UserError("--val: {file}, {row} ({at}): {reason}".format_map(bad[0]))
+        packs = best_fit_decreasing(items[:, 2], c.seq_len)
+        packs += [[]] * (-len(packs) % world())  # every rank runs as many, so that collectives line up
+        make = lambda p: pack_of(source, items[p], c.seq_len if pad else 0, "token", vision)
+        self.packs = [make(np.sort(np.array(p, dtype=np.int64))) for p in packs[rank()::world()]]
+        every = [None] * world()
+        dist.all_gather_object(every, sorted({g for p in self.packs for g in p.groups}))
+        self.groups = sorted({g for groups in every for g in groups})
+
+    @torch.no_grad()
+    def run(self, model: Innovator, device: torch.device) -> dict:
+        """{"loss": {discipline: mean over its supervised tokens}} and, of a MoE, load_statistics on these rows."""
+        names, sums, counts = model.config.expert_groups, torch.zeros(2, len(self.groups), device=device).double(), 0
+        for p in self.packs:
+            logp_S, _, routing = model(to_device(p, device, model.impl, model.mixed_dtype, names), entropy=False)
+            group_S = torch.from_numpy(labels_of(p, self.groups)[p.rows]).to(device)
+            sums.index_add_(1, group_S, torch.stack([-logp_S, torch.ones_like(logp_S)]).double())
+            counts += routing[1] if routing else 0
+        for x in (sums, *([counts] if routing else [])):
+            dist.all_reduce(x)
+        nll, n = sums.tolist()
+        loss = {g or "all": a / b for g, a, b in zip(self.groups, nll, n) if b}
+        load = load_statistics(counts.cpu(), names) if routing else {}
+        return {"loss": loss, "mean": sum(nll) / max(sum(n), 1)} | load
 
 
 def stop_non_finite(c: Config, step: int, packs: list, losses: list[float], norm: float) -> None:
@@ -223,6 +305,9 @@ def main() -> None:
     device = common.init_distributed()
     c.dtype = c.dtype if c.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
     c.compile = device.type == "cuda" if c.compile is None else c.compile
+    if c.compile and c.ep > 1:
+        print0("expert parallelism exchanges tokens inside blocks: compile is off")
+        c.compile = False
     if c.threads:
         torch.set_num_threads(c.threads)
     out, start, resumed = Path(c.out), 0, common.latest(c.out)
@@ -242,10 +327,17 @@ def main() -> None:
     vit, linear = model.config.vision, model.train_flops([1], [], 0)
     cost = [linear, model.train_flops([1000], [], 0) / 1e6 - linear / 1e3]
     cost += [72 * vit.embed_dim ** 2 * vit.depth, 12 * vit.embed_dim * vit.depth] if vit else [0, 0]
-    loader = Loader(Source(c.data, str(tok.path), Limits(c.min_pixels, c.max_pixels, c.max_side), c.seq_len), c.batch,
-                    c.unit, seed=c.seed, rank=rank(), world=world(), workers=c.workers, prefetch=c.prefetch,
-                    window=c.window, plan=c.plan or None, pad=c.compile, average=c.loss_average, vision=vit is not None,
-                    on_bad=c.on_bad, max_bad=c.max_bad, bad_file=out / f"bad_rows_rank{rank()}.jsonl", cost=cost)
+    names = model.config.expert_groups if model.config.num_experts else None
+    limits = Limits(c.min_pixels, c.max_pixels, c.max_side)
+    source = Source(c.data, str(tok.path), limits, c.seq_len, names if c.label else None)
+    loader = Loader(source, c.batch, c.unit, weights=c.weights, seed=c.seed, rank=rank(), world=world(),
+                    workers=c.workers, prefetch=c.prefetch, window=c.window, plan=c.plan or None, pad=c.compile,
+                    average=c.loss_average, vision=vit is not None, on_bad=c.on_bad, max_bad=c.max_bad,
+                    bad_file=out / f"bad_rows_rank{rank()}.jsonl", cost=cost)
+    if c.label:
+        source.check_labels()
+    val = Validation(c, Source(c.val, str(tok.path), limits, c.seq_len), c.compile, vit is not None) if c.val else None
+    coefficients = torch.tensor([c.balance, c.z, c.label], device=device)
     before = 0.0
     if resumed:
         trainer = common.load_state(model, optimizer, resumed)
@@ -253,7 +345,7 @@ def main() -> None:
         loader.load_state(trainer["loader"])
         print0(f"resumed from {resumed} at step {start}" + ("" if trainer["world"] == world() else
                f" (saved by {trainer['world']} ranks: the same sample order, sums in another order)"))
-    log = common.Log(out, start)
+    log, val_log = common.Log(out, start), common.Log(out, start, "val.jsonl")
     if is_rank0():
         common.write_json(out / "run.json", {"config": asdict(c), "commit": common.commit()})
 
@@ -266,6 +358,8 @@ def main() -> None:
     bar = tqdm(total=c.steps, initial=start, desc=c.stage, disable=None if is_rank0() else True, mininterval=1)
     steps = iter(loader)
     step = start
+    if val and not start:
+        val_log.write({"step": 0} | val.run(model, device))
     while step < c.steps and not stop:
         t0 = time.perf_counter()
         data = next(steps)
@@ -276,17 +370,23 @@ def main() -> None:
                               dtype=torch.float64)
         dist.all_reduce(totals)
         denominator, tokens, flops = totals.tolist()
-        losses = []
+        losses, extra, counts = [], torch.zeros(3, device=device), None  # extra: balance, z, label, mean over layers
         for p in data.packs:
-            loss, _ = model(to_device(p, device, model.impl, dtype))
-            (loss * (world() / max(denominator, 1))).backward()  # sharding averages over ranks; the sum is meant
+            loss, _, routing = model(to_device(p, device, model.impl, dtype, names))
             losses.append(loss.detach())
-        norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], c.clip)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        stats = torch.stack([*losses, torch.tensor(float(stop), device=device)]).double()
-        local = torch.stack([stats[:-1].sum() / max(denominator, 1), stats[-1]])
+            loss = loss / max(denominator, 1)  # sharding sums over ranks
+            if routing:
+                loss = loss + (routing[0].sum(0) @ coefficients) * (p.tokens / tokens)
+                extra += routing[0].detach().mean(0) * (p.tokens / tokens)
+                counts = routing[1] if counts is None else counts + routing[1]
+            loss.backward()
+        norm = common.clip_gradients([p for p in model.parameters() if p.requires_grad], c.clip)
+        local = torch.cat([torch.stack([sum(losses).double() / max(denominator, 1),
+                                        torch.tensor(float(stop), device=device)]), extra,
+                           *([counts.flatten()] if counts is not None else [])]).double()
         dist.all_reduce(local)
-        loss, stopping, norm = torch.cat([local, norm.double()[None]]).tolist()  # the step's one wait for the device
+        loss, stopping, *extra = local.tolist()  # the step's one wait for the device
+        norm = norm.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             stop_non_finite(c, step, data.packs, torch.stack(losses).tolist(), norm)
         stop = stopping > 0
@@ -303,6 +403,9 @@ def main() -> None:
                "supervised": denominator, "tok_s": tokens / (now - t0), "wait_s": t1 - t0,
                "seconds": before + now - began, "epoch": data.state["epoch"],
                "bad_rows": sum(data.state["bad"].values())}
+        if names is not None:
+            counts = torch.tensor(extra[3:]).view(counts.shape)
+            row |= dict(zip(("balance", "z", "label"), extra)) | load_statistics(counts, names)
         if peak:
             row |= {"mfu": flops / (now - t0) / world() / peak, "peak_gb": torch.cuda.max_memory_allocated() / 2 ** 30}
         log.write(row)
@@ -313,6 +416,8 @@ def main() -> None:
                             + (f" MFU {row['mfu']:.1%} {row['peak_gb']:.0f} GB" if peak else "")
                             + (f" bad {row['bad_rows']}" if row["bad_rows"] else ""))
         bar.update()
+        if val and (step == c.steps or c.val_every and step % c.val_every == 0):
+            val_log.write({"step": step} | val.run(model, device))
         if step % c.save_every == 0 or step == c.steps or stop:
             save(c, model, optimizer, step, data.state, row["seconds"])
     bar.close()
@@ -323,7 +428,10 @@ def main() -> None:
         following = {"pretrain": "python upcycle.py stage0 --llm {0} ...",
                      "align": "train_sft.py --stage mid --model {0} ...",
                      "mid": "train_sft.py --stage instruct --model {0} ...",
-                     "instruct": "python evaluate.py {0}"}[c.stage]
+                     "instruct": "python evaluate.py {0}",
+                     "induct": "python upcycle.py split --dense D --expert NAME={0} ...",
+                     "route": "train_sft.py --stage integrate --model {0} ...",
+                     "integrate": "python upcycle.py export {0} OUT"}[c.stage]
         print(f"stopped at step {step} of {c.steps}; go on with --resume" if step < c.steps else
               f"next: {following.format(c.out)}")
 

@@ -154,7 +154,7 @@ def test_packed_equals_unpacked_with_images():
     alone = torch.cat([model(pack_of(model, [d], im), entropy=False)[0] for d, im in zip(docs, theirs)])
     close(packed, alone, 1e-5)
     model.zero_grad()
-    loss, _ = model(pack_of(model, docs, images))
+    loss = model(pack_of(model, docs, images))[0]
     loss.backward()
     whole = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
@@ -168,9 +168,9 @@ def test_a_changed_token_changes_no_neighbour():
     model = Innovator.from_config(replace(SMALL, vision=None), seed=1)
     docs = [list(range(1, 14)), list(range(20, 52)), list(range(60, 64)), list(range(70, 90))]
     with torch.no_grad():
-        before = model.hidden(pack_of(model, docs)).split([len(d) for d in docs])
+        before = model.hidden(pack_of(model, docs))[0].split([len(d) for d in docs])
         docs[1][0] = 150
-        after = model.hidden(pack_of(model, docs)).split([len(d) for d in docs])
+        after = model.hidden(pack_of(model, docs))[0].split([len(d) for d in docs])
     for k, (a, b) in enumerate(zip(before, after)):
         assert torch.equal(a, b) == (k != 1)
 
