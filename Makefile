@@ -1,4 +1,5 @@
-# Two commands on a fresh machine:   make demo   and   make test.   PYTHON, RUN and SCALE can be given: make demo RUN=runs/second
+# Two commands on a fresh machine:   make demo   and   make test.   PYTHON and RUN can be given: make demo RUN=runs/second
+# make upcycle-demo: a dense toy model becomes a MoE and is compared with its own continued training; SEEDS=3 the README's table
 PYTHON ?= python3
 RUN ?= runs/demo
 VENV ?= .venv
@@ -8,7 +9,10 @@ TOY = $(RUN)/toy
 SMALL = --workers 1 --threads 2 --recompute none --seq-len 2048 --save-every 100000
 ROWS = --unit rows --batch 32 --max-side 0
 
-.PHONY: demo test clean
+SEEDS ?= 1
+UPCYCLE ?= runs/upcycle
+
+.PHONY: demo test upcycle-demo clean
 demo: $(VENV)/installed
 	rm -rf $(RUN)
 	$(PY) toy.py make --out $(TOY)
@@ -26,6 +30,11 @@ demo: $(VENV)/installed
 	$(PY) evaluate.py $(RUN)/instruct --tasks toy --data-root $(TOY) --out $(RUN)/eval_shuffled --max-new-tokens 12 --threads 2 --shuffle-images
 	$(PY) chat.py $(RUN)/instruct --image $(TOY)/heldout/images/chemistry_0000.png Which molecule is drawn?
 	$(PY) toy.py report $(RUN)
+
+upcycle-demo: $(VENV)/installed
+	test -d $(UPCYCLE)/toy || $(PY) toy.py make --out $(UPCYCLE)/toy
+	$(PY) bench.py upcycle --train $(UPCYCLE)/toy/pretrain --val $(UPCYCLE)/toy/pretrain_val --tokenizer $(UPCYCLE)/toy/tokenizer \
+		--out $(UPCYCLE) --seeds $(SEEDS)
 
 test: $(VENV)/installed
 	$(PY) -m pytest -q -n 2 tests

@@ -12,7 +12,8 @@ out and prints the median. Letters: tok/s counts real tokens of all ranks; MFU u
 
 upcycle asks the Innovator paper's questions (arXiv:2507.18671, Tables 2 and 4, Figure 3) of a small model: a dense
 model is pretrained mostly on rows of discipline 'general', becomes a MoE by induct, split, route and integrate, and is
-compared with the same dense model trained on with as many tokens as these stages took together, on integrate's mixture.
+compared with the same dense model trained on, on integrate's mixture: with as many tokens as integrate (the paper's
+comparison), and with as many as the three stages took together.
 It runs upcycle.py and train_sft.py as a user would (every command is in commands.sh), --jobs at a time, and goes on
 where it was stopped. --variants all adds the granularities 1, 2 and 4 slices, no induction (copies), no routing
 warm-up, no shared expert, and shorter integrations.
@@ -145,10 +146,10 @@ class Upcycle:
     batch: int = 1  # packs a step
     pretrain: int = 300  # steps of the dense model
     pretrain_general: float = 0.7  # share of general rows in them; the rest is spread over the sciences
-    induct: int = 60  # steps of each discipline's expert
-    route: int = 60  # steps of the routers
-    integrate: int = 240  # steps of the whole MoE
-    general: float = 0.1  # share of general rows in integrate, and in the dense model's continued training
+    induct: int = 12  # steps of each discipline's expert
+    route: int = 40  # steps of the routers
+    integrate: int = 480  # steps of the whole MoE
+    general: float = 0.3  # share of general rows in integrate, and in the dense model's continued training
     lr: float = 2e-3  # of pretrain; integrate and continued training have half of it, induct all of it
     router_lr: float = 3e-2  # of route
     balance: float = 0.01  # coefficient of the balance loss
@@ -195,6 +196,7 @@ def jobs_of(c: Upcycle, seed: int, names: list[str]) -> dict[str, tuple[list[str
 
     moe("8")
     train("dense", "pretrain", "pretrain", before + c.integrate, c.lr / 2, mixture, *weights)
+    train("dense_same", "pretrain", "pretrain", c.integrate, c.lr / 2, mixture, *weights)
     if c.variants == "all":
         for slices in (1, 2, 4):
             moe(str(slices), slices)
@@ -310,7 +312,8 @@ def upcycle_report(folder: str) -> None:
 
     def cell(x):
         return f"{x.mean():.3f}" + (f" ± {x.std(ddof=1):.3f}" if len(x) > 1 else "")
-    title = {"pretrain": "dense, before", "dense": "dense, trained on", "moe_8": "MoE, 8 slices",
+    title = {"pretrain": "dense, before", "dense_same": "dense, integrate's tokens", "dense": "dense, all tokens",
+             "moe_8": "MoE, 8 slices",
              **{f"moe_{n}": f"MoE, {n} slice{'s' * (n > 1)}" for n in (1, 2, 4)},
              "moe_no_induction": "MoE 8, no induction", "moe_no_warmup": "MoE 8, no routing warm-up",
              "moe_no_shared": "MoE 8, no shared expert"}
@@ -321,7 +324,7 @@ def upcycle_report(folder: str) -> None:
             f = figures(name)
             table.append(f"| {title[name]} | {len(f)} | " + " | ".join(cell(f[:, k]) for k in range(f.shape[1])) + " |")
     lines, base = ["\n".join(table), ""], figures("pretrain")
-    for name in ("dense", "moe_8"):
+    for name in ("dense_same", "dense", "moe_8"):
         if name in runs and len(runs[name]) == len(base):
             change = figures(name) / base - 1
             lines.append(f"{title[name]}: general {change[:, 0].mean():+.2%} against the dense model before, science "
@@ -352,14 +355,14 @@ def upcycle_report(folder: str) -> None:
         axes[0].set_ylabel("tokens of")
         fig.colorbar(image, ax=axes, shrink=0.8, label="share of the choices")
         save(fig, "routing.png")
-    bars = [n for n in ("pretrain", "dense", "moe_1", "moe_2", "moe_4", "moe_8", "moe_no_induction", "moe_no_warmup",
+    bars = [n for n in ("pretrain", "dense_same", "dense", "moe_1", "moe_2", "moe_4", "moe_8", "moe_no_induction", "moe_no_warmup",
                         "moe_no_shared") if n in runs]
     fig, axes = plt.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
     for ax, column, what in zip(axes, (0, 1), ("general", "science")):
         values = [figures(n)[:, column] for n in bars]
         mean = np.array([v.mean() for v in values])
         ax.bar(range(len(bars)), mean, yerr=[v.std(ddof=1) if len(v) > 1 else 0 for v in values], capsize=3,
-               color=["0.6", "0.4"] + ["C0"] * (len(bars) - 2))
+               color=["C0" if n.startswith("moe") else "0.5" for n in bars])
         ax.set(title=f"{what}: validation loss", xticks=range(len(bars)),
                ylim=(mean.min() - 0.3 * np.ptp(mean) - 1e-3, mean.max() + 0.3 * np.ptp(mean) + 1e-3))
         ax.set_xticklabels([title[n] for n in bars], rotation=40, ha="right", fontsize=8)
@@ -369,7 +372,7 @@ def upcycle_report(folder: str) -> None:
     if points["moe"]:
         fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
         before = len(sciences) * config["induct"] + config["route"]
-        for kind, last, label in (("moe", "moe_8", "MoE, 8 slices"), ("dense", "dense", "dense, trained on")):
+        for kind, last, label in (("moe", "moe_8", "MoE, 8 slices"), ("dense", "dense", "dense")):
             steps = [s for s, _ in points[kind]] + [config["integrate"]]
             values = [figures(n) for _, n in points[kind]] + [figures(last)]
             tokens = [(before + s) * config["batch"] * config["seq_len"] / 1e6 for s in steps]
