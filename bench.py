@@ -299,7 +299,8 @@ def upcycle_report(folder: str) -> None:
     config = json.loads((out / "experiment.json").read_text())
     for file in sorted(out.glob("seed_*/*/val.jsonl")):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-        runs.setdefault(file.parent.name, []).append((lines[0], lines[-1]))
+        if len(lines) > 1:  # before the first step and after the last: the run is complete
+            runs.setdefault(file.parent.name, []).append((lines[0], lines[-1]))
     if "pretrain" not in runs:
         raise common.UserError(f"{out}: no runs below it; make them with python bench.py upcycle -h")
     groups = sorted(runs["pretrain"][0][1]["loss"], key=lambda g: (g != "general", g))
@@ -314,7 +315,7 @@ def upcycle_report(folder: str) -> None:
         return f"{x.mean():.3f}" + (f" ± {x.std(ddof=1):.3f}" if len(x) > 1 else "")
     title = {"pretrain": "dense, before", "dense_same": "dense, integrate's tokens", "dense": "dense, all tokens",
              "moe_8": "MoE, 8 slices",
-             **{f"moe_{n}": f"MoE, {n} slice{'s' * (n > 1)}" for n in (1, 2, 4)},
+             **{f"moe_{n}": f"MoE, {n} slice{'s' * (n > 1)}" for n in (4, 2, 1)},
              "moe_no_induction": "MoE 8, no induction", "moe_no_warmup": "MoE 8, no routing warm-up",
              "moe_no_shared": "MoE 8, no shared expert"}
     head = ["validation loss", "seeds", "general", "science", *sciences]
@@ -353,17 +354,16 @@ def upcycle_report(folder: str) -> None:
             lines.append(f"{when} routing warm-up, {hit:.3f} of a held-out token's choices are its discipline's "
                          f"experts (lowest {min(share[k, k] for k in range(share.shape[1])):.3f})")
         axes[0].set_ylabel("tokens of")
-        fig.colorbar(image, ax=axes, shrink=0.8, label="share of the choices")
+        fig.colorbar(image, ax=axes[1], shrink=0.8, label="share of the choices")
         save(fig, "routing.png")
-    bars = [n for n in ("pretrain", "dense_same", "dense", "moe_1", "moe_2", "moe_4", "moe_8", "moe_no_induction", "moe_no_warmup",
-                        "moe_no_shared") if n in runs]
+    bars = [name for name in title if name in runs and name != "pretrain"]  # the model before is far above all others
     fig, axes = plt.subplots(1, 2, figsize=(11, 3.8), constrained_layout=True)
     for ax, column, what in zip(axes, (0, 1), ("general", "science")):
         values = [figures(n)[:, column] for n in bars]
         mean = np.array([v.mean() for v in values])
         ax.bar(range(len(bars)), mean, yerr=[v.std(ddof=1) if len(v) > 1 else 0 for v in values], capsize=3,
                color=["C0" if n.startswith("moe") else "0.5" for n in bars])
-        ax.set(title=f"{what}: validation loss", xticks=range(len(bars)),
+        ax.set(title=f"{what}: validation loss (axis cut)", xticks=range(len(bars)),
                ylim=(mean.min() - 0.3 * np.ptp(mean) - 1e-3, mean.max() + 0.3 * np.ptp(mean) + 1e-3))
         ax.set_xticklabels([title[n] for n in bars], rotation=40, ha="right", fontsize=8)
     save(fig, "granularity.png")

@@ -73,6 +73,12 @@ STAGES = {
     "integrate": dict(trainable=["language_model"], lr=1e-4, min_lr=1e-5, warmup=0.01, weight_decay=0.1, beta2=0.95,
                       steps=71526, batch=512, unit="packs", seq_len=8192, max_side=0),
 }
+NEXT = {"pretrain": "python upcycle.py stage0 --llm {0} ... or python upcycle.py induct --dense {0} ...",
+        "align": "python train_sft.py --stage mid --model {0} ...",
+        "mid": "python train_sft.py --stage instruct --model {0} ...", "instruct": "python evaluate.py {0}",
+        "induct": "python upcycle.py split --dense DENSE --expert NAME={0} --expert ...",
+        "route": "python train_sft.py --stage integrate --model {0} ...",
+        "integrate": "python upcycle.py export {0} OUT"}
 EVERY_STAGE = dict(balance=0.01, z=0.001, label=0.0, recompute="selective")  # unless its row says otherwise
 
 
@@ -242,16 +248,34 @@ def adamw(model: Innovator, c: Config) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=c.lr, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
 
 
+def open_data(c: Config, model: Innovator, tok: Tokenizer, names: list[str] | None):
+    """The loader of --data and, with --val, what validates."""
+    # what a document costs, up to a common factor: FLOPs per token, token^2, patch, patch^2
+    vit, linear = model.config.vision, model.train_flops([1], [], 0)
+    cost = [linear, model.train_flops([1000], [], 0) / 1e6 - linear / 1e3]
+    cost += [72 * vit.embed_dim ** 2 * vit.depth, 12 * vit.embed_dim * vit.depth] if vit else [0, 0]
+    limits = Limits(c.min_pixels, c.max_pixels, c.max_side)
+    source = Source(c.data, str(tok.path), limits, c.seq_len, names if c.label else None)
+    loader = Loader(source, c.batch, c.unit, weights=c.weights, seed=c.seed, rank=rank(), world=world(),
+                    workers=c.workers, prefetch=c.prefetch, window=c.window, plan=c.plan or None, pad=c.compile,
+                    average=c.loss_average, vision=vit is not None, on_bad=c.on_bad, max_bad=c.max_bad,
+                    bad_file=Path(c.out) / f"bad_rows_rank{rank()}.jsonl", cost=cost)
+    if c.label:
+        source.check_labels()
+    held_out = Source(c.val or [], str(tok.path), limits, c.seq_len)
+    return loader, Validation(c, held_out, c.compile, vit is not None) if c.val else None
+
+
 class Validation:
     """Held-out rows, packed once; every rank keeps its packs."""
     def __init__(self, c: Config, source: Source, pad: bool, vision: bool):
-        items, bad = (lambda m: (m.items, m.bad))(survey(source, 0, False))
-        if bad:
-            raise UserError("--val: {file}, {row} ({at}): {reason}".format_map(bad[0]))
-        packs = best_fit_decreasing(items[:, 2], c.seq_len)
-        packs += [[]] * (-len(packs) % world())  # every rank runs as many, so that collectives line up
-        make = lambda p: pack_of(source, items[p], c.seq_len if pad else 0, "token", vision)
-        self.packs = [make(np.sort(np.array(p, dtype=np.int64))) for p in packs[rank()::world()]]
+        found = survey(source, 0, False)
+        if found.bad:
+            raise UserError("--val: {file}, {row} ({at}): {reason}".format_map(found.bad[0]))
+        packs = best_fit_decreasing(found.items[:, 2], c.seq_len)
+        packs += [np.zeros(0, np.int64)] * (-len(packs) % world())  # ranks run alike, so that collectives line up
+        self.packs = [pack_of(source, found.items[np.sort(p)], c.seq_len if pad else 0, "token", vision)
+                      for p in packs[rank()::world()]]
         every = [None] * world()
         dist.all_gather_object(every, sorted({g for p in self.packs for g in p.groups}))
         self.groups = sorted({g for groups in every for g in groups})
@@ -323,20 +347,8 @@ def main() -> None:
            f"compile {'on' if c.compile else 'off'}")
     print0("config:", json.dumps(asdict(c)), "commit:", common.commit())
 
-    # what a document costs, up to a common factor: FLOPs per token, token^2, patch, patch^2
-    vit, linear = model.config.vision, model.train_flops([1], [], 0)
-    cost = [linear, model.train_flops([1000], [], 0) / 1e6 - linear / 1e3]
-    cost += [72 * vit.embed_dim ** 2 * vit.depth, 12 * vit.embed_dim * vit.depth] if vit else [0, 0]
-    names = model.config.expert_groups if model.config.num_experts else None
-    limits = Limits(c.min_pixels, c.max_pixels, c.max_side)
-    source = Source(c.data, str(tok.path), limits, c.seq_len, names if c.label else None)
-    loader = Loader(source, c.batch, c.unit, weights=c.weights, seed=c.seed, rank=rank(), world=world(),
-                    workers=c.workers, prefetch=c.prefetch, window=c.window, plan=c.plan or None, pad=c.compile,
-                    average=c.loss_average, vision=vit is not None, on_bad=c.on_bad, max_bad=c.max_bad,
-                    bad_file=out / f"bad_rows_rank{rank()}.jsonl", cost=cost)
-    if c.label:
-        source.check_labels()
-    val = Validation(c, Source(c.val, str(tok.path), limits, c.seq_len), c.compile, vit is not None) if c.val else None
+    names = model.config.expert_groups if model.config.num_experts else None  # None: no routing to look at
+    loader, val = open_data(c, model, tok, names)
     coefficients = torch.tensor([c.balance, c.z, c.label], device=device)
     before = 0.0
     if resumed:
@@ -425,15 +437,8 @@ def main() -> None:
     if is_rank0():
         print(f"wrote {common.latest(out)}, {out / 'metrics.jsonl'}"
               + (f", {common.plot_metrics(out)}" if step > start else ""))
-        following = {"pretrain": "python upcycle.py stage0 --llm {0} ...",
-                     "align": "train_sft.py --stage mid --model {0} ...",
-                     "mid": "train_sft.py --stage instruct --model {0} ...",
-                     "instruct": "python evaluate.py {0}",
-                     "induct": "python upcycle.py split --dense D --expert NAME={0} ...",
-                     "route": "train_sft.py --stage integrate --model {0} ...",
-                     "integrate": "python upcycle.py export {0} OUT"}[c.stage]
         print(f"stopped at step {step} of {c.steps}; go on with --resume" if step < c.steps else
-              f"next: {following.format(c.out)}")
+              f"next: {NEXT[c.stage].format(c.out)}")
 
 
 if __name__ == "__main__":

@@ -426,3 +426,21 @@ def test_wrong_input_ends_in_one_line_before_training(world, tmp_path, capsys, m
     monkeypatch.setattr(common, "world", lambda: 3)
     says("8 experts do not divide over --ep 3 ranks", train_sft, *run("integrate", world.moe, chemistry), "--ep", 3)
     says("--ep 2 does not divide 3 ranks", train_sft, *run("integrate", world.moe, chemistry), "--ep", 2)
+
+
+def test_the_experiment_runs_goes_on_and_reports(world, toy, tmp_path):
+    data = [world.data[n] for n in ("general", *GROUPS)]
+    command = ("bench.py", "upcycle", "--train", *data, "--val", *data, "--tokenizer", toy / "tokenizer", "--out",
+               tmp_path / "x", "--pretrain", 2, "--induct", 1, "--route", 1, "--integrate", 2, "--seq-len", 256)
+    launch(*command)
+    first = {f: f.stat().st_mtime for f in (tmp_path / "x").glob("seed_*/*/val.jsonl")}
+    assert sorted(f.parent.name for f in first) == ["dense", "dense_same", "induct_chemistry", "induct_physics",
+                                                    "moe_8", "pretrain", "route_8"]
+    again = launch(*command).stdout  # nothing is trained twice
+    assert {f: f.stat().st_mtime for f in (tmp_path / "x").glob("seed_*/*/val.jsonl")} == first
+    report = (tmp_path / "x" / "report.md").read_text()
+    assert all(row in report and row in again for row in ("| dense, all tokens | 1 |", "| MoE, 8 slices | 1 |"))
+    steps = {n: len(metrics(tmp_path / "x" / "seed_0" / n)) for n in ("dense", "dense_same", "moe_8")}
+    assert steps == {"dense": 2 * 1 + 1 + 2, "dense_same": 2, "moe_8": 2}
+    for picture in ("routing.png", "granularity.png"):
+        assert (tmp_path / "x" / picture).stat().st_size > 10_000
