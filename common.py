@@ -275,7 +275,7 @@ def atomic_dir(path):
             raise UserError(f"{path}: not saved, another rank failed") from e
         why = str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
         raise UserError(f"{path}: could not be written: {why} ({free / 2**20:.0f} MiB were free). Earlier checkpoints "
-                        "are untouched; make room and run again with --resume") from e
+                        "are untouched; make room and run again (training: with --resume)") from e
     barrier()
     if is_rank0():
         for file in tmp.rglob("*"):

@@ -1,4 +1,4 @@
-"""The decoder (Qwen2.5, Qwen3), Innovator-VL around it, the loss, checkpoints and generation.
+"""The decoder (Qwen2.5, Qwen3, dense or with experts), Innovator-VL around it, the loss, checkpoints and generation.
 
 Everything is packed: the tokens of several documents lie end to end in one axis T, positions restart at 0 in each
 document, and attention never leaves it. A batch of one is a pack of one document.
@@ -15,6 +15,7 @@ Departures
 1. Positions are one-dimensional, as the released model really uses them (its get_rope_index is dead code).
 2. Rotary angles and their products stay fp32 in bf16 models; the released file rounds cos and sin to bf16.
 3. innovator-vl-4b is untied: stage 0 of the released code copies the tied embedding into lm_head.
+4. innovator-vl-30b-a3b turns with theta 1e7, as two of its released configurations do; a third says 1e6.
 
 Letters: T tokens of all documents, D width, H heads, K key/value heads, d head width, F MLP width, V vocabulary,
 B sequences, S supervised rows.
@@ -186,8 +187,8 @@ PRESETS = {  # sizes: the released configurations; tiny and mini are ours
                                     num_attention_heads=40, vision=VisionConfig()),
     # Qwen3-30B-A3B under RICE-ViT
     "innovator-vl-30b-a3b": ModelConfig(
-        hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_key_value_heads=4, num_experts=128,
-        moe_intermediate_size=768, max_position_embeddings=40960, vision=VisionConfig()),
+        hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_key_value_heads=4, rope_theta=1e7,
+        num_experts=128, moe_intermediate_size=768, max_position_embeddings=40960, vision=VisionConfig()),
     # Qwen2.5-7B upcycled: eight disciplines in eight slices, top 8
     "innovator-53b-a13b": upcycled(_QWEN25_7B, _EIGHT, 8, 8),
     # a laptop CPU: the toy world in minutes
