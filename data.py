@@ -646,11 +646,14 @@ def collate(docs: list[Doc], tok_pad: int, image_pad: int, pad_to: int, average:
     denominator = {"token": len(rows), "pack": float(len(rows) > 0), "document": len(docs)}[average]
     pixels = [d.pixels for d in docs if d.pixels is not None]
     grids = [g for d in docs for g in d.grids]
+    # NOTE a policy may say <|image_pad|>: only those of the prompt stand for image rows
+    asked = np.concatenate([d.labels == -100 for d in docs] + [np.ones(len(p), bool) for p in padding])
     if vision and not grids:  # every rank runs the tower in every micro-batch, so that collectives line up
         pixels, grids = [np.zeros((MERGE * MERGE, 3 * PATCH * PATCH), np.uint8)], [(1, MERGE, MERGE)]
     return PackData(ids, [len(d.ids) for d in docs] + [len(p) for p in padding if len(p)], rows.astype(np.int64),
                     targets.astype(np.int64), weights.astype(np.float32), denominator,
-                    np.concatenate(pixels) if pixels else None, grids, np.flatnonzero(ids == image_pad), list(names),
+                    np.concatenate(pixels) if pixels else None, grids,
+                    np.flatnonzero((ids == image_pad) & asked), list(names),
                     [d.group for d in docs], list(bad), T)
 
 
@@ -804,7 +807,7 @@ def _problem(p: tuple[str, str, str]) -> dict:
 
 
 @functools.lru_cache(maxsize=64)
-def _permutation(seed: int, n: int, *salt: int) -> np.ndarray:
+def permutation(seed: int, n: int, *salt: int) -> np.ndarray:
     return np.random.default_rng([seed, *salt]).permutation(n)
 
 
@@ -868,13 +871,13 @@ class Loader:
         """Rows of window w of an epoch, and whether the epoch ends with it. Weighted rows have one endless epoch."""
         n, W = len(self.source.data), self.window
         if self.shares is None:
-            order = _permutation(self.seed, n, epoch) if self.shuffle else np.arange(n)
+            order = permutation(self.seed, n, epoch) if self.shuffle else np.arange(n)
             return order[w * W:(w + 1) * W], (w + 1) * W >= n
         until = lambda rows: np.diff(np.floor(rows * self.shares + 1e-9)).astype(np.int64)  # of each path, so far
         rows = []
         for k, (first, stop) in enumerate(zip(until(w * W), until((w + 1) * W))):
             start, count = self.source.data.ranges[k], self.source.data.ranges[k + 1] - self.source.data.ranges[k]
-            rows += [start + _permutation(self.seed, int(count), p // count, k)[p % count] for p in range(first, stop)]
+            rows += [start + permutation(self.seed, int(count), p // count, k)[p % count] for p in range(first, stop)]
         return np.random.default_rng([self.seed, epoch, w, 1]).permutation(rows).astype(np.int64), False
 
     def _steps(self, pool, source):

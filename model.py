@@ -337,14 +337,16 @@ class Innovator(nn.Module):
         return self.model(self.embed(p.input_ids, p.pixels, p.grids, p.image_rows), p.positions, p.docs, self.impl,
                           labels=p.labels)
 
-    def forward(self, p: Pack, entropy: bool | None = None):
+    def forward(self, p: Pack, entropy: bool | None = None, temperature: float = 1.0):
         """The weighted sum of -log p over the supervised rows and its unweighted twin (both fp32 scalars), or, with
-        entropy given, the log-probability of each target and (entropy=True) its distribution's entropy, each [S].
+        entropy given, the log-probability of each target and (entropy=True) its distribution's entropy, each [S], of
+        the logits over `temperature`.
         Third: the routing of a MoE (Decoder.forward), if the pack has labels."""
         h_TD, routing = self.hidden(p)
         h_SD = h_TD.index_select(0, p.rows)  # the head runs on supervised rows only
         if entropy is None:
             return *linear_cross_entropy(h_SD, self.lm_head.weight, p.targets, p.weights), routing
+        h_SD = h_SD if temperature == 1 else h_SD / temperature  # the head is linear
         return *token_logprobs(h_SD, self.lm_head.weight, p.targets, entropy), routing
 
     def logits(self, input_ids, pixel_values=None, image_grid_thw=None) -> torch.Tensor:
@@ -431,8 +433,9 @@ class Innovator(nn.Module):
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], pixel_values=None, image_grid_thw=None, *, max_new_tokens: int = 128,
                  temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, stop_ids=(), seed: int = 0,
-                 use_cache: bool = True, on_token=None) -> list[list[int]]:
-        """Continues every prompt; returns the new tokens of each, ending with the stop id that ended it, if one did.
+                 use_cache: bool = True, on_token=None, logprobs: bool = False):
+        """Continues every prompt; returns the new tokens of each, ending with the stop id that ended it, if one did;
+        with logprobs, also the log-probability of each token at this temperature (before top_p and top_k).
 
         prompts: B lists of ids. pixel_values [P, 588], image_grid_thw [N, 3]: all prompts' images, in order of
         appearance. temperature 0 is greedy. top_p and top_k cut the distribution after temperature; 1.0 and 0 are off.
@@ -452,13 +455,17 @@ class Innovator(nn.Module):
         cache = KVCache(self.config, B, longest, device, self.compute_dtype, docs, positions) if use_cache else None
         x = self.embed(flat, pixels, grids)
         last = docs.cu[1:].long() - 1
-        new, alive = [[] for _ in prompts], [True] * B
+        new, alive, logps = [[] for _ in prompts], [True] * B, [[] for _ in prompts]
         for _ in range(max_new_tokens):
             h = self.model(x, positions, docs, impl, cache)[0][last]  # [B, D]
-            ids = sample(self.lm_head(h).float(), temperature, top_p, top_k, generator)
+            logits = self.lm_head(h).float()
+            ids = sample(logits, temperature, top_p, top_k, generator)
+            said = (logits / (temperature or 1)).log_softmax(-1).gather(1, ids[:, None])[:, 0].tolist() if logprobs \
+                else ()
             for b, t in enumerate(ids.tolist()):
                 if alive[b]:
                     new[b].append(t)
+                    logps[b] += said[b:b + 1]
                     alive[b] = t not in stop_ids
                     if on_token:
                         on_token(b, t)
@@ -472,7 +479,7 @@ class Innovator(nn.Module):
                 docs = Documents.of([len(p) for p in full], device, impl)
                 positions, last = docs.positions().to(device), docs.cu[1:].long() - 1
                 x = self.embed(torch.tensor([t for p in full for t in p], device=device), pixels, grids)
-        return new
+        return (new, logps) if logprobs else new
 
 
 class KVCache:

@@ -96,24 +96,27 @@ def test_experts_keep_inputs_and_one_product_for_the_backward_pass(dtype):
 
 
 DISPATCH = """
-import torch, torch.distributed as dist, moe
-dist.init_process_group("gloo")
-r = dist.get_rank()
-for bias in ([0, 0, 0, 0], [50, 50, 0, 0], [0, 0, 0, 50]):  # anywhere; rank 1 gets nothing; both, mostly rank 1
-    torch.manual_seed(0)
-    x, logits, g = torch.randn(2, 12, 16), torch.randn(2, 12, 4) + torch.tensor(bias), torch.randn(2, 12, 16)
-    leaves = [v.requires_grad_() for v in (x, logits, torch.randn(4, 32, 16) / 4, torch.randn(4, 16, 16) / 4)]
-    chosen = moe.choose_experts(logits.flatten(0, 1), 2, True)
-    want = moe.loop_experts(x.flatten(0, 1), *leaves[2:], *chosen).view(2, 12, 16)
-    grads = [v[r] if k < 2 else v[2 * r:2 * r + 2] for k, v in enumerate(torch.autograd.grad(want, leaves, g))]
-    mine = moe.Experts(2, 16, 16)
-    mine.gate_up_proj.data, mine.down_proj.data = (v[2 * r:2 * r + 2].detach() for v in leaves[2:])
-    mine.group = dist.group.WORLD
-    got = mine(x[r], *moe.choose_experts(logits[r], 2, True))
-    again = torch.autograd.grad(got, [x, logits, mine.gate_up_proj, mine.down_proj], g[r])
-    for a, b in zip([want[r], *grads], [got, again[0][r], again[1][r], *again[2:]]):
-        assert (a - b).abs().max() <= 1e-5, (bias, (a - b).abs().max())
-dist.destroy_process_group()
+import torch, torch.distributed as dist, common, moe
+
+def main():
+    dist.init_process_group("gloo")
+    r = dist.get_rank()
+    for bias in ([0, 0, 0, 0], [50, 50, 0, 0], [0, 0, 0, 50]):  # anywhere; rank 1 gets nothing; both, mostly rank 1
+        torch.manual_seed(0)
+        x, logits, g = torch.randn(2, 12, 16), torch.randn(2, 12, 4) + torch.tensor(bias), torch.randn(2, 12, 16)
+        leaves = [v.requires_grad_() for v in (x, logits, torch.randn(4, 32, 16) / 4, torch.randn(4, 16, 16) / 4)]
+        chosen = moe.choose_experts(logits.flatten(0, 1), 2, True)
+        want = moe.loop_experts(x.flatten(0, 1), *leaves[2:], *chosen).view(2, 12, 16)
+        grads = [v[r] if k < 2 else v[2 * r:2 * r + 2] for k, v in enumerate(torch.autograd.grad(want, leaves, g))]
+        mine = moe.Experts(2, 16, 16)
+        mine.gate_up_proj.data, mine.down_proj.data = (v[2 * r:2 * r + 2].detach() for v in leaves[2:])
+        mine.group = dist.group.WORLD
+        got = mine(x[r], *moe.choose_experts(logits[r], 2, True))
+        again = torch.autograd.grad(got, [x, logits, mine.gate_up_proj, mine.down_proj], g[r])
+        for a, b in zip([want[r], *grads], [got, again[0][r], again[1][r], *again[2:]]):
+            assert (a - b).abs().max() <= 1e-5, (bias, (a - b).abs().max())
+
+common.run(main)
 """
 
 

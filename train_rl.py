@@ -1,0 +1,508 @@
+"""Reinforcement learning with verifiable rewards: GSPO, GRPO, DAPO, Dr. GRPO, CISPO on text and pictures, dense or MoE.
+
+    python train_rl.py --recipe gspo --model runs/instruct --data toy/rl --out runs/rl
+    torchrun --nproc-per-node 8 train_rl.py --recipe dapo --model runs/instruct --data RL-172K --out runs/rl
+
+A step: draw prompts -> roll out G responses each -> verify them -> drop or refill groups without spread -> the
+trainer's own log-probabilities (old) -> K updates on parts of the batch -> weights to the engine -> log.
+A run leaves step_XXXXXXXX/ (the model, and state/ to resume from), metrics.jsonl, curves.png and rollouts.txt, a few
+responses of every step with their rewards.
+
+The loss of a response token t in response i, with ratio r_t = p_t / old_t and advantage A:
+  token     -min(r_t A, clip(r_t, 1 - low, 1 + high) A)                                     (GRPO, DAPO, Dr. GRPO)
+  gspo      the same with s_i = exp(mean over t of log r_t) in place of r_t: one ratio a response
+  gspo-token  s_i as value, p_t / sg(p_t) as gradient
+  cispo     -sg(min(r_t, 1 + high)) A log p_t: nothing is dropped
+and what sums them: 'sequence' (mean over a response's tokens, mean over responses: GSPO, GRPO), 'token' (sum over all
+tokens / their number: DAPO, CISPO), 'constant' (sum over all tokens / (responses x max_new_tokens): Dr. GRPO).
+The denominators are those of the whole minibatch, over ranks and micro-batches.
+
+References: GSPO arXiv:2507.18071, DAPO 2503.14476, GRPO 2402.03300, Dr. GRPO 2503.20783, CISPO 2506.13585, truncated
+importance sampling (fengyao.notion.site/off-policy-rl); the released configs/innovator-vl-8b-gspo.yaml.
+
+Departures
+1. 'released' is the released yaml, whose one update a batch makes its ratio 1 and its clip idle; it also sums a
+   sequence loss over tokens. 'gspo' is the paper's: four updates, 3e-4 and 4e-4, every response weighs the same.
+2. Advantages are normalised once, inside the group; the released code normalises over the batch again.
+3. Sampling is at top_p 1 without top_k, so that the engine's and the trainer's probabilities are of one distribution.
+"""
+import json
+import math
+import signal
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+import common
+import rewards
+import train_sft
+from common import UserError, is_rank0, print0, rank, world
+from data import (BadRow, Dataset, Doc, Limits, Tokenizer, best_fit_decreasing, collate, encode, normalise, permutation,
+                  to_device)
+from model import Innovator, checkpoint_folder
+
+RECIPES = {
+    "gspo": dict(loss="gspo", reduce="sequence", low=3e-4, high=4e-4, updates=4, lr=1e-6),
+    "released": dict(loss="gspo", reduce="token", low=0.2, high=0.28, updates=1, lr=2e-6, correction="mask", cap=5.0),
+    "grpo": dict(loss="token", reduce="sequence", low=0.2, high=0.2, updates=1, lr=1e-6),
+    "dapo": dict(loss="token", reduce="token", low=0.2, high=0.28, updates=16, lr=1e-6, refill=10, overlong=4096,
+                 mask_truncated=True),
+    "dr-grpo": dict(loss="token", reduce="constant", low=0.2, high=0.2, updates=1, lr=1e-6, divide_by_std=False),
+    "cispo": dict(loss="cispo", reduce="token", low=1.0, high=4.0, updates=1, lr=1e-6),
+}
+EVERY_RECIPE = dict(correction="none", cap=2.0, refill=0, overlong=0, mask_truncated=False, divide_by_std=True)
+
+
+@dataclass
+class Config:
+    recipe: Literal["gspo", "released", "grpo", "dapo", "dr-grpo", "cispo"]  # defaults of the fields with *
+    model: str  # checkpoint or run folder
+    data: list[str]  # rows with the columns of RL-172K
+    out: str  # folder of this run
+    loss: Literal["token", "gspo", "gspo-token", "cispo"] | None = None  # * loss of a token, see above
+    reduce: Literal["sequence", "token", "constant"] | None = None  # * what sums the losses of tokens
+    low: float | None = None  # * the ratio is clipped at 1 - low
+    high: float | None = None  # * and at 1 + high
+    updates: int | None = None  # * optimizer steps a batch of rollouts, each on its part of the responses
+    divide_by_std: bool | None = None  # * advantages are divided by the group's standard deviation
+    correction: Literal["none", "truncate", "mask"] | None = None  # * weight old / engine probability: cut at cap
+    cap: float | None = None  # * (truncate), or dropped above it (mask)
+    refill: int | None = None  # * rounds of new prompts that may replace groups of equal rewards, 0: such groups train
+    overlong: int | None = None  # * last tokens of the budget over which the reward falls linearly by 1
+    mask_truncated: bool | None = None  # * responses that did not end carry no loss
+    kl: float = 0.0  # weight of the KL divergence from the first model (k3 estimator)
+    prompts: int = 32  # prompts a step, over all ranks
+    group: int = 16  # G, responses a prompt
+    max_new_tokens: int = 8192  # longest response
+    temperature: float = 1.0  # of sampling and of all log-probabilities
+    plain: bool = False  # ask the bare question, without the released instruction on <think> and <answer>
+    shuffle_rewards: bool = False  # control: every response gets the reward of another one of the batch
+    lr: float | None = None  # * constant after the warm-up
+    warmup: int = 10  # updates
+    weight_decay: float = 0.01  # on matrices only
+    beta2: float = 0.999  # Adam
+    clip: float = 1.0  # largest gradient norm
+    steps: int = 100  # batches of rollouts
+    pack: int = 8192  # tokens of a micro-batch; one response may be longer
+    rollout_batch: int = 64  # sequences that the engine continues together
+    trainable: list[str] | None = None  # modules that train, default language_model
+    min_pixels: int = 3136  # smallest image area
+    max_pixels: int = 262144  # largest image area
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # compute; masters are fp32
+    attention: Literal["auto", "flash-attn", "varlen", "sdpa"] = "auto"  # packed attention
+    recompute: Literal["none", "selective", "full"] = "selective"  # activation checkpointing per block
+    threads: int = 0  # CPU threads of torch a rank, 0: torch's choice
+    seed: int = 1234  # order of the prompts, sampling
+    save_every: int = 25  # steps between checkpoints
+    keep: int = 2  # newest checkpoints that stay
+    resume: bool = False  # go on from the newest checkpoint in --out
+
+    def __post_init__(self):
+        for key, value in (EVERY_RECIPE | RECIPES[self.recipe]).items():
+            if getattr(self, key) is None:
+                setattr(self, key, value)
+        self.trainable = self.trainable or ["language_model"]
+        assert self.group > 1, f"--group {self.group}: a group needs two responses to compare"
+        assert 0 <= self.overlong <= self.max_new_tokens, \
+            f"--overlong {self.overlong} must lie in 0..max_new_tokens {self.max_new_tokens}"
+        assert self.temperature > 0, "--temperature 0 samples one response G times"
+        assert self.prompts * self.group % self.updates == 0, \
+            f"{self.prompts} x {self.group} responses do not divide over {self.updates} updates"
+
+
+# ---- objectives: pure functions of packed tensors -------------------------------------------------------------------
+def advantages(rewards_PG: torch.Tensor, divide_by_std: bool) -> torch.Tensor:
+    """Reward minus the group's mean, over its standard deviation (unbiased) if asked. [prompts, G] -> the same."""
+    centred = rewards_PG - rewards_PG.mean(1, keepdim=True)
+    return centred / (rewards_PG.std(1, keepdim=True) + 1e-5) if divide_by_std else centred
+
+
+def overlong_punishment(length: int, longest: int, window: int) -> float:
+    """DAPO's soft punishment: 0 up to longest - window tokens, then linearly down to -1."""
+    return -max(0.0, (length - (longest - window)) / window) if window else 0.0
+
+
+def policy_loss(kind: str, logp_N, old_N, advantage_N, sequence_N, lengths_S, low: float, high: float):
+    """Loss of every response token [N] and whether the clip cut its gradient [N]. sequence: number of each token's
+    response, lengths: tokens of each response. Sums and denominators: weigh()."""
+    log_ratio_N = logp_N - old_N
+    if kind in ("gspo", "gspo-token"):
+        mean_S = log_ratio_N.new_zeros(len(lengths_S)).index_add(0, sequence_N, log_ratio_N) / lengths_S
+        log_s_N = mean_S[sequence_N]
+        log_ratio_N = log_s_N if kind == "gspo" else log_s_N.detach() + logp_N - logp_N.detach()
+    ratio_N = log_ratio_N.exp()
+    if kind == "cispo":
+        return -ratio_N.detach().clamp(max=1 + high) * advantage_N * logp_N, ratio_N.detach() > 1 + high
+    free, cut = ratio_N * advantage_N, ratio_N.clamp(1 - low, 1 + high) * advantage_N
+    return -torch.minimum(free, cut), (cut < free).detach()
+
+
+def weigh(loss_N, sequence_N, lengths_S, reduce: str):
+    """The tokens' losses times their weight, to be summed and divided by denominator()."""
+    return loss_N / lengths_S[sequence_N] if reduce == "sequence" else loss_N
+
+
+def denominator(reduce: str, responses: int, tokens: int, longest: int) -> float:
+    return {"sequence": responses, "token": tokens, "constant": responses * longest}[reduce]
+
+
+def correction_weight(old_N, engine_N, kind: str, cap: float) -> torch.Tensor:
+    """Weight of a token for being sampled by the engine, not by the trainer's own old policy."""
+    weight_N = (old_N - engine_N).exp()
+    return {"none": torch.ones_like(weight_N), "truncate": weight_N.clamp(max=cap),
+            "mask": weight_N * (weight_N <= cap)}[kind]
+
+
+# ---- rollouts -------------------------------------------------------------------------------------------------------
+@dataclass
+class Response:
+    prompt: int  # number of its prompt in the step's batch
+    doc: Doc  # prompt and response; labels are the response
+    text: str
+    engine: np.ndarray  # log-probabilities that the engine sampled with, one a response token
+    truncated: bool
+    reward: float = 0.0
+    accuracy: float = 0.0
+    error: str = ""
+    advantage: float = 0.0
+
+
+class TorchEngine:
+    """model.py's own generate on a whole copy of the model: the reference, and the default without vLLM."""
+    def __init__(self, model: Innovator, device: torch.device):
+        self.model = Innovator.on_meta(model.config).to(model.mixed_dtype).to_empty(device=device).eval()
+        self.model.attention = model.attention
+        self.sync(model)
+
+    @torch.no_grad()
+    def sync(self, model: Innovator) -> None:
+        """Weights of the (sharded) trainer; every rank gathers every parameter in the same order."""
+        for p, own in zip(model.parameters(), self.model.parameters(), strict=True):
+            own.copy_(p.full_tensor() if isinstance(p, DTensor) else p)
+
+    def generate(self, prompts: list[Doc], seed: int, c: Config, tok: Tokenizer) -> list[tuple[list[int], list[float]]]:
+        """Tokens and their log-probabilities of one response a prompt."""
+        pixels = [p.pixels for p in prompts if p.pixels is not None]
+        return self.model.generate(
+            [p.ids.tolist() for p in prompts],
+            normalise(torch.from_numpy(np.concatenate(pixels)).to(self.model.device), self.model.compute_dtype)
+            if pixels else None, [g for p in prompts for g in p.grids] or None, max_new_tokens=c.max_new_tokens,
+            temperature=c.temperature, stop_ids=(tok.im_end, tok.pad), seed=seed, logprobs=True)
+
+
+class Prompts:
+    """Rows in an order that depends on the seed alone; a row that cannot be read is counted and left out."""
+    def __init__(self, c: Config, tok: Tokenizer):
+        self.c, self.tok, self.data, self.bad = c, tok, Dataset(c.data), 0
+        self.limits = Limits(c.min_pixels, c.max_pixels, 0)
+        if not len(self.data):
+            raise UserError(f"{', '.join(c.data)}: no rows")
+
+    def draw(self, cursor: int, n: int, longest: int) -> tuple[list[tuple[dict, Doc]], int]:
+        """n prompts from the cursor on, and the cursor after them."""
+        out, misses = [], 0
+        while len(out) < n:
+            epoch, at = divmod(cursor, len(self.data))
+            i, cursor = int(permutation(self.c.seed, len(self.data), epoch)[at]), cursor + 1
+            try:
+                row = self.data.row(i)
+                messages, images = row.parts[0]
+                if "answer_type" not in row.raw:
+                    raise BadRow("no answer_type: rows need the columns of RL-172K")
+                asked = [m for m in messages if m["role"] != "assistant"]
+                if self.c.plain:
+                    asked = [*asked[:-1], {"role": "user", "content": row.raw["problem"]}]
+                doc = encode(asked, images, self.tok, self.limits, generate=True)
+                if len(doc.ids) + self.c.max_new_tokens > longest:
+                    raise BadRow(f"{len(doc.ids)} tokens and max_new_tokens exceed the model's context {longest}")
+                out.append((row.raw | {"id": row.id}, doc))
+            except BadRow as e:
+                self.bad, misses = self.bad + 1, misses + 1
+                if misses > max(100, len(self.data) // 10):
+                    raise UserError(f"{' '.join(self.data.name(i))}: {e}; {misses} bad rows in this batch") from None
+        return out, cursor
+
+
+def roll_out(c: Config, engine, drawn: list, tok: Tokenizer, seed: int) -> list[Response]:
+    """G responses for every prompt of this rank."""
+    order = [k for k in range(len(drawn)) for _ in range(c.group)]
+    out = []
+    for start in range(0, len(order), c.rollout_batch):
+        part = order[start:start + c.rollout_batch]
+        got = engine.generate([drawn[k][1] for k in part], seed + start, c, tok)
+        for k, ids, engine_logp in zip(part, *got):
+            prompt = drawn[k][1]
+            labels = np.concatenate([np.full(len(prompt.ids), -100), ids]).astype(np.int32)
+            doc = Doc(np.concatenate([prompt.ids, ids]).astype(np.int32), labels, prompt.grids, prompt.pixels)
+            ended = ids[-1] in (tok.im_end, tok.pad)
+            out.append(Response(k, doc, tok.decode(ids), np.array(engine_logp, dtype=np.float32), not ended))
+    return out
+
+
+def verify(c: Config, responses: list[Response], drawn: list) -> None:
+    """Fills in rewards: 0.1 format + 0.9 accuracy, less the punishment of overlong responses. A verifier that raises
+    marks its response, which then carries no gradient; it is never a silent 0."""
+    for r in responses:
+        row = drawn[r.prompt][0]
+        gold = row["answer"][0] if isinstance(row["answer"], list) else row["answer"]
+        try:
+            r.accuracy = float(rewards.score(r.text, str(gold), row["answer_type"]))
+        except Exception as e:  # whatever a verifier meets in a model's output or a wrong gold answer
+            r.error = f"{row['id']}: {type(e).__name__}: {e}"
+        r.reward = 0.1 * float(rewards.extract_answer(r.text) is not None) + 0.9 * r.accuracy
+        r.reward += overlong_punishment(len(r.engine), c.max_new_tokens, c.overlong)
+
+
+# ---- updates --------------------------------------------------------------------------------------------------------
+@dataclass
+class Batch:
+    """One micro-batch of responses on the device: the pack, and for every response token what the loss needs."""
+    pack: object
+    sequence: torch.Tensor  # [N] number of its response in this micro-batch
+    lengths: torch.Tensor  # [S]
+    advantage: torch.Tensor  # [N]
+    mask: torch.Tensor  # [N] 0: no loss
+    engine: torch.Tensor  # [N]
+    old: torch.Tensor | None = None  # [N]
+    first: torch.Tensor | None = None  # [N] under the first model, with kl
+
+
+def micro_batches(c: Config, responses: list[Response], model: Innovator, tok: Tokenizer, device) -> list[Batch]:
+    """Responses packed to --pack tokens; all ranks get as many, the missing ones empty, so that collectives line up."""
+    lengths = np.array([len(r.doc.ids) for r in responses], dtype=np.int64)
+    packs = best_fit_decreasing(lengths, max(c.pack, int(lengths.max(initial=1)))) if len(lengths) else []
+    most = torch.tensor(len(packs))
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    packs += [np.zeros(0, np.int64)] * (int(most) - len(packs))
+    names = model.config.expert_groups if model.config.num_experts else None
+    out = []
+    for p in packs:
+        some = [responses[k] for k in np.sort(p)]
+        data = collate([r.doc for r in some], tok.pad, tok.image_pad, 0, "token", model.config.vision is not None)
+        n = np.array([len(r.engine) for r in some], dtype=np.int64)
+        keep = [0.0 if r.error or c.mask_truncated and r.truncated else 1.0 for r in some]
+        spread = lambda x: torch.from_numpy(np.repeat(np.array(x, dtype=np.float32), n)).to(device)
+        out.append(Batch(
+            to_device(data, device, model.impl, model.mixed_dtype, names),
+            torch.from_numpy(np.repeat(np.arange(len(some)), n)).to(device), torch.from_numpy(n).float().to(device),
+            spread([r.advantage for r in some]), spread(keep),
+            torch.from_numpy(np.concatenate([r.engine for r in some] + [np.zeros(0, np.float32)])).to(device)))
+    return out
+
+
+@torch.no_grad()
+def recompute_old(model, batches: list[Batch], c: Config, field: str) -> None:
+    """log p of every response token at the sampling temperature, under this model as it is now."""
+    for b in batches:
+        setattr(b, field, model(b.pack, entropy=False, temperature=c.temperature)[0])
+
+
+def update(c: Config, model, optimizer, batches: list[Batch], lr: float) -> dict:
+    """One optimizer step on these micro-batches; statistics are sums over tokens, reduced over ranks."""
+    device = batches[0].mask.device
+    # responses and tokens that carry loss, over ranks: the denominators
+    counts = torch.tensor([sum(float((torch.bincount(b.sequence, b.mask, len(b.lengths)) > 0).sum()) for b in batches),
+                           sum(float(b.mask.sum()) for b in batches)], dtype=torch.float64)
+    dist.all_reduce(counts)
+    responses, tokens = counts.tolist()
+    below = max(denominator(c.reduce, responses, tokens, c.max_new_tokens), 1)
+    sums = torch.zeros(6, dtype=torch.float64, device=device)  # loss, clipped, entropy, ratio, k3 to first, kept by cap
+    top = torch.zeros((), device=device)
+    for b in batches:
+        logp, entropy, _ = model(b.pack, entropy=True, temperature=c.temperature)
+        loss, clipped = policy_loss(c.loss, logp, b.old, b.advantage, b.sequence, b.lengths, c.low, c.high)
+        weight = correction_weight(b.old, b.engine, c.correction, c.cap)
+        loss = loss * weight
+        k3 = torch.zeros_like(logp)
+        if b.first is not None:
+            k3 = (b.first - logp).exp() - (b.first - logp) - 1
+            loss = loss + c.kl * k3
+        total = (weigh(loss, b.sequence, b.lengths, c.reduce) * b.mask).sum() / below
+        (total + 0 * logp.sum()).backward()
+        ratio = (logp.detach() - b.old).exp()
+        sums += torch.stack([total.detach().double(), *((x.detach() * b.mask).sum().double() for x in (
+            clipped.float(), entropy, ratio, k3, (weight > 0).float()))])
+        top = torch.maximum(top, (ratio * b.mask).max()) if len(ratio) else top
+    norm = common.clip_gradients([p for p in model.parameters() if p.requires_grad], c.clip)
+    dist.all_reduce(sums)
+    dist.all_reduce(top, op=dist.ReduceOp.MAX)
+    loss, *per_token = sums.tolist()
+    if not (math.isfinite(loss) and math.isfinite(norm.item())):
+        raise UserError(f"loss {loss} or gradient norm {norm.item()} is not finite; nothing was updated. Lower --lr, "
+                        "or go on from the last checkpoint with --resume")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    names = ("clip_share", "entropy", "ratio_mean", "kl_first", "corrected_kept")
+    return {"loss": loss, "grad_norm": norm.item(), "ratio_max": top.item(),
+            **{k: v / max(tokens, 1) for k, v in zip(names, per_token)}}
+
+
+def gap(batches: list[Batch]) -> dict:
+    """How far the engine's log-probabilities are from the trainer's for the same weights."""
+    difference = torch.cat([(b.old - b.engine)[b.mask > 0] for b in batches]).double()
+    far = (difference.abs() > math.log(2)).sum().double()
+    sums = torch.stack([difference.abs().sum(), far, torch.tensor(float(len(difference)), device=far.device).double()])
+    top = difference.abs().max() if len(difference) else torch.zeros((), device=far.device).double()
+    dist.all_reduce(sums)
+    dist.all_reduce(top, op=dist.ReduceOp.MAX)
+    total, far, n = sums.tolist()
+    return {"gap_mean": total / max(n, 1), "gap_max": top.item(), "beyond_2x": far / max(n, 1)}
+
+
+# ---- the loop -------------------------------------------------------------------------------------------------------
+def collect(c: Config, engine, prompts: Prompts, cursor: int, step: int, tok, longest: int):
+    """Responses of the step's prompts, groups of equal rewards replaced up to --refill times. Every rank decides on its
+    own part, and all go on while one of them still needs prompts. -> responses, rows, counts, cursor"""
+    need, kept, rows, counts = c.prompts // world(), [], [], {"groups": 0, "equal": 0, "responses": 0}
+    for attempt in range(c.refill + 1):
+        missing = torch.tensor(max(need - len(rows), 0))
+        dist.all_reduce(missing, op=dist.ReduceOp.MAX)
+        if not int(missing):
+            break
+        drawn, cursor = prompts.draw(cursor, int(missing) * world(), longest)
+        drawn = drawn[rank()::world()]
+        responses = roll_out(c, engine, drawn, tok, (c.seed * 1_000_003 + step * 1009 + attempt) * 8191 + rank())
+        verify(c, responses, drawn)
+        counts["responses"] += len(responses)
+        for k, (row, _) in enumerate(drawn):
+            own = responses[k * c.group:(k + 1) * c.group]
+            equal = max(r.reward for r in own) - min(r.reward for r in own) < 1e-6
+            counts["groups"], counts["equal"] = counts["groups"] + 1, counts["equal"] + equal
+            if len(rows) < need and not (c.refill and equal):
+                for r in own:
+                    r.prompt = len(rows)
+                kept, rows = kept + own, [*rows, row]
+    return kept, rows, counts, cursor
+
+
+def assign_advantages(c: Config, responses: list[Response], step: int) -> None:
+    if not responses:
+        return
+    values = np.array([r.reward for r in responses], dtype=np.float32)
+    if c.shuffle_rewards:
+        values = np.random.default_rng([c.seed, step, rank()]).permutation(values)
+    grouped = torch.from_numpy(values).view(-1, c.group)
+    for r, a in zip(responses, advantages(grouped, c.divide_by_std).flatten().tolist()):
+        r.advantage = a
+
+
+def write_rollouts(out: Path, step: int, responses: list[Response], rows: list[dict]) -> None:
+    """The best and the worst response of the step's first two prompts, to be read by a person."""
+    with open(out / "rollouts.txt", "a") as f:
+        for k, row in list(enumerate(rows))[:2]:
+            own = sorted((r for r in responses if r.prompt == k), key=lambda r: r.reward)
+            f.write(f"==== step {step}, {row['id']}: {row['problem']}\n     right: {row['answer']}\n")
+            for r in (own[-1], own[0]):
+                f.write(f"---- reward {r.reward:.2f}, {len(r.engine)} tokens{', truncated' * r.truncated}\n{r.text}\n")
+
+
+def save(c: Config, model, optimizer, step: int, trainer: dict) -> None:
+    with common.atomic_dir(Path(c.out) / f"step_{step:08d}") as tmp:
+        train_sft.save_weights(model, tmp, model.mixed_dtype)
+        common.save_state(model, optimizer, tmp, {"step": step, "config": asdict(c), "world": world(),
+                                                  "commit": common.commit(), **trainer})
+    if is_rank0():
+        for old in sorted(Path(c.out).glob("step_????????"))[:-c.keep]:
+            common.remove_dir(old)
+
+
+def main() -> None:
+    c = common.parse(Config, doc=__doc__)
+    device = common.init_distributed()
+    assert c.prompts % world() == 0, f"--prompts {c.prompts} does not divide over {world()} ranks"
+    if c.threads:
+        torch.set_num_threads(c.threads)
+    out, step, cursor, updates, resumed = Path(c.out), 0, 0, 0, common.latest(c.out)
+    if resumed and not c.resume:
+        raise UserError(f"{out} already holds {resumed.name}: go on with --resume, or choose another --out")
+    sft = train_sft.Config(stage="pretrain", model=str(resumed or checkpoint_folder(c.model)), data=c.data, out=c.out,
+                           trainable=c.trainable, lr=c.lr, min_lr=0.0, weight_decay=c.weight_decay, beta2=c.beta2,
+                           eps=1e-8, seq_len=1, dtype=c.dtype if c.dtype != "auto" else
+                           "bf16" if device.type == "cuda" else "fp32", attention=c.attention, recompute=c.recompute,
+                           compile=False, seed=c.seed)
+    model, tok = train_sft.build(sft, device)
+    optimizer = train_sft.adamw(model, sft)
+    longest = model.config.max_position_embeddings
+    if resumed:
+        trainer = common.load_state(model, optimizer, resumed)
+        step, cursor, updates = trainer["step"], trainer["cursor"], trainer["updates"]
+        print0(f"resumed from {resumed} at step {step}")
+    engine, prompts = TorchEngine(model, device), Prompts(c, tok)
+    first = None
+    if c.kl:
+        first = Innovator.from_pretrained(c.model, model.mixed_dtype, device, c.attention)
+        first.mixed_dtype = model.mixed_dtype
+    print0(f"{c.recipe}: {c.model}, {sum(p.numel() for p in model.parameters()):,} parameters; {world()} x "
+           f"{device.type}, {sft.dtype}, attention {model.impl}, engine torch")
+    print0("config:", json.dumps(asdict(c)), "commit:", common.commit())
+    log = common.Log(out, step)
+    if is_rank0():
+        common.write_json(out / "run.json", {"config": asdict(c), "commit": common.commit()})
+    stop = False
+    def on_term(*_):
+        nonlocal stop
+        stop = True
+    signal.signal(signal.SIGTERM, on_term)
+    bar = tqdm(total=c.steps, initial=step, desc=c.recipe, disable=None if is_rank0() else True)
+    while step < c.steps and not stop:
+        t0 = time.perf_counter()
+        responses, rows, counts, cursor = collect(c, engine, prompts, cursor, step, tok, longest)
+        assign_advantages(c, responses, step)
+        t1 = time.perf_counter()
+        # neighbours, so that groups stay together; a rank whose part is empty still runs empty micro-batches
+        ends = [len(responses) * k // c.updates for k in range(c.updates + 1)]
+        parts = [micro_batches(c, responses[a:b], model, tok, device) for a, b in zip(ends, ends[1:])]
+        parts = [p for p in parts if p]
+        every = [b for p in parts for b in p]
+        recompute_old(model, every, c, "old")
+        if first is not None:
+            recompute_old(first, every, c, "first")
+        row = gap(every) if every else {}
+        stats = []
+        for part in parts:
+            updates += 1
+            stats.append(update(c, model, optimizer, part, c.lr * min(1.0, updates / max(c.warmup, 1))))
+        t2 = time.perf_counter()
+        engine.sync(model)
+        t3 = time.perf_counter()
+        step += 1
+        sums = torch.tensor([sum(r.reward for r in responses), sum(r.accuracy for r in responses),
+                             sum(len(r.engine) for r in responses), sum(r.truncated for r in responses),
+                             sum(bool(r.error) for r in responses), len(responses), *counts.values(), float(stop)],
+                            dtype=torch.float64)
+        dist.all_reduce(sums)
+        reward, accuracy, tokens, truncated, errors, n, groups, equal, made, stopping = sums.tolist()
+        stop = stopping > 0
+        row = {"step": step, "reward": reward / max(n, 1), "accuracy": accuracy / max(n, 1),
+               "length": tokens / max(n, 1), "truncated": truncated / max(n, 1), "verifier_errors": int(errors),
+               "responses": int(n), "made": int(made), "equal_groups": equal / max(groups, 1), "bad_rows": prompts.bad,
+               "lr": c.lr * min(1.0, updates / max(c.warmup, 1)), **row,
+               **{k: sum(s[k] for s in stats) / len(stats) for k in (stats[0] if stats else ())},
+               "generate_s": t1 - t0, "train_s": t2 - t1, "sync_s": t3 - t2, "tok_s": tokens / (t3 - t0)}
+        log.write(row)
+        if is_rank0():
+            write_rollouts(out, step, responses, rows)
+        bar.set_postfix_str(f"reward {row['reward']:.3f} accuracy {row['accuracy']:.3f} length {row['length']:.0f} "
+                            f"equal {row['equal_groups']:.2f}" + (f" verifier errors {int(errors)}" if errors else ""))
+        bar.update()
+        if step % c.save_every == 0 or step == c.steps or stop:
+            save(c, model, optimizer, step, {"cursor": cursor, "updates": updates})
+    bar.close()
+    if is_rank0():
+        picture = common.plot_metrics(out, ("reward", "length", "entropy", "gap_mean")) if step else ""
+        print(f"wrote {common.latest(out)}, {out / 'metrics.jsonl'}, {out / 'rollouts.txt'}, {picture}")
+        print(f"stopped at step {step} of {c.steps}; go on with --resume" if step < c.steps else
+              f"next: python evaluate.py {c.out}")
+
+
+if __name__ == "__main__":
+    common.run(main)
