@@ -38,7 +38,7 @@ def run(main) -> None:
         os._exit(2) if dist.is_initialized() and dist.get_world_size() > 1 else sys.exit(2)
     finally:
         if dist.is_initialized() and sys.exc_info()[0] in (None, SystemExit):
-            many, code = world() > 1, getattr(sys.exc_info()[1], "code", 0) or 0
+            many, code = dist.get_world_size() > 1, getattr(sys.exc_info()[1], "code", 0) or 0
             dist.destroy_process_group()
             if many:  # NOTE torch's own threads sometimes abort a rank while the interpreter shuts down: leave before
                 sys.stdout.flush()
