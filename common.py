@@ -339,7 +339,8 @@ def plot_metrics(folder, keys=("loss", "lr", "grad_norm", "tok_s")) -> Path:
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     fig, axes = plt.subplots(1, len(keys), figsize=(4 * len(keys), 3), constrained_layout=True)
     for ax, key in zip(axes, keys):
-        ax.plot([r["step"] for r in rows], [r[key] for r in rows], linewidth=1)
+        have = [r for r in rows if key in r]  # a reinforcement step without usable groups has no update
+        ax.plot([r["step"] for r in have], [r[key] for r in have], linewidth=1)
         ax.set(title=key, xlabel="step")
         ax.grid(alpha=0.3)
     out = Path(folder) / "curves.png"

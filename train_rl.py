@@ -83,6 +83,8 @@ class Config:
     max_new_tokens: int = 8192  # longest response
     temperature: float = 1.0  # of sampling and of all log-probabilities
     plain: bool = False  # ask the bare question, without the released instruction on <think> and <answer>
+    verifiers: int = 2  # processes a rank that verify responses
+    verify_seconds: float = 30.0  # one response's verification may take
     shuffle_rewards: bool = False  # control: every response gets the reward of another one of the batch
     lr: float | None = None  # * constant after the warm-up
     warmup: int = 10  # updates
@@ -246,18 +248,19 @@ def roll_out(c: Config, engine, drawn: list, tok: Tokenizer, seed: int) -> list[
     return out
 
 
-def verify(c: Config, responses: list[Response], drawn: list) -> None:
-    """Fills in rewards: 0.1 format + 0.9 accuracy, less the punishment of overlong responses. A verifier that raises
-    marks its response, which then carries no gradient; it is never a silent 0."""
-    for r in responses:
-        row = drawn[r.prompt][0]
-        gold = row["answer"][0] if isinstance(row["answer"], list) else row["answer"]
-        try:
-            r.accuracy = float(rewards.score(r.text, str(gold), row["answer_type"]))
-        except Exception as e:  # whatever a verifier meets in a model's output or a wrong gold answer
-            r.error = f"{row['id']}: {type(e).__name__}: {e}"
-        r.reward = 0.1 * float(rewards.extract_answer(r.text) is not None) + 0.9 * r.accuracy
-        r.reward += overlong_punishment(len(r.engine), c.max_new_tokens, c.overlong)
+def verify(c: Config, verifiers: rewards.Verifiers, responses: list[Response], drawn: list) -> None:
+    """Fills in rewards: 0.1 format + 0.9 accuracy, less the punishment of overlong responses. A response whose verifier
+    raised or ran out of time gets the mean of the others of its group, carries no loss and is counted."""
+    items = [dict(response=r.text, gold=drawn[r.prompt][0]["answer"], answer_type=drawn[r.prompt][0]["answer_type"])
+             for r in responses]
+    for r, result in zip(responses, verifiers.score_many(items, c.verify_seconds)):
+        r.error, r.accuracy = result.error or "", result.accuracy or 0.0
+        r.reward = (result.reward or 0.0) + overlong_punishment(len(r.engine), c.max_new_tokens, c.overlong)
+    for start in range(0, len(responses), c.group):
+        own = responses[start:start + c.group]
+        fine = [r.reward for r in own if not r.error]
+        for r in own:
+            r.reward = r.reward if not r.error else sum(fine) / max(len(fine), 1)
 
 
 # ---- updates --------------------------------------------------------------------------------------------------------
@@ -359,7 +362,7 @@ def gap(batches: list[Batch]) -> dict:
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
-def collect(c: Config, engine, prompts: Prompts, cursor: int, step: int, tok, longest: int):
+def collect(c: Config, engine, prompts: Prompts, verifiers, cursor: int, step: int, tok, longest: int):
     """Responses of the step's prompts, groups of equal rewards replaced up to --refill times. Every rank decides on its
     own part, and all go on while one of them still needs prompts. -> responses, rows, counts, cursor"""
     need, kept, rows, counts = c.prompts // world(), [], [], {"groups": 0, "equal": 0, "responses": 0}
@@ -371,7 +374,7 @@ def collect(c: Config, engine, prompts: Prompts, cursor: int, step: int, tok, lo
         drawn, cursor = prompts.draw(cursor, int(missing) * world(), longest)
         drawn = drawn[rank()::world()]
         responses = roll_out(c, engine, drawn, tok, (c.seed * 1_000_003 + step * 1009 + attempt) * 8191 + rank())
-        verify(c, responses, drawn)
+        verify(c, verifiers, responses, drawn)
         counts["responses"] += len(responses)
         for k, (row, _) in enumerate(drawn):
             own = responses[k * c.group:(k + 1) * c.group]
@@ -436,7 +439,7 @@ def main() -> None:
         trainer = common.load_state(model, optimizer, resumed)
         step, cursor, updates = trainer["step"], trainer["cursor"], trainer["updates"]
         print0(f"resumed from {resumed} at step {step}")
-    engine, prompts = TorchEngine(model, device), Prompts(c, tok)
+    engine, prompts, verifiers = TorchEngine(model, device), Prompts(c, tok), rewards.Verifiers(c.verifiers)
     first = None
     if c.kl:
         first = Innovator.from_pretrained(c.model, model.mixed_dtype, device, c.attention)
@@ -455,7 +458,7 @@ def main() -> None:
     bar = tqdm(total=c.steps, initial=step, desc=c.recipe, disable=None if is_rank0() else True)
     while step < c.steps and not stop:
         t0 = time.perf_counter()
-        responses, rows, counts, cursor = collect(c, engine, prompts, cursor, step, tok, longest)
+        responses, rows, counts, cursor = collect(c, engine, prompts, verifiers, cursor, step, tok, longest)
         assign_advantages(c, responses, step)
         t1 = time.perf_counter()
         # neighbours, so that groups stay together; a rank whose part is empty still runs empty micro-batches
@@ -497,6 +500,7 @@ def main() -> None:
         if step % c.save_every == 0 or step == c.steps or stop:
             save(c, model, optimizer, step, {"cursor": cursor, "updates": updates})
     bar.close()
+    verifiers.close()
     if is_rank0():
         picture = common.plot_metrics(out, ("reward", "length", "entropy", "gap_mean")) if step else ""
         print(f"wrote {common.latest(out)}, {out / 'metrics.jsonl'}, {out / 'rollouts.txt'}, {picture}")
