@@ -163,9 +163,9 @@ def jobs_of(c: Upcycle, seed: int, names: list[str]) -> dict[str, tuple[list[str
     here, data = Path(c.out) / f"seed_{seed}", Path(c.out) / "data"
     jobs = {}
 
-    def train(name, stage, model, steps, lr, data_of, *more, needs=()):
+    def train(name, stage, model, steps, lr, data_of, *more):
         sources = [str(data / f"{d}.jsonl") for d in data_of]
-        jobs[name] = ([model, *needs] if not model.startswith("preset:") else [], [
+        jobs[name] = ([model] if not model.startswith("preset:") else [], [
             "train_sft.py", "--stage", stage, "--model", model if model.startswith("preset:") else str(here / model),
             *(["--tokenizer", c.tokenizer] if model.startswith("preset:") else []), "--data", *sources, "--val",
             str(data / "val.jsonl"), "--out", str(here / name), "--steps", steps, "--lr", lr, "--min-lr", lr / 10,

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -181,10 +182,10 @@ def shard(model, compute_dtype: torch.dtype, ep: int = 1) -> None:
             # around the whole block: inside, recomputation would run the unit's hooks a second time
             block.around = fully_shard(_Around(experts), mesh=both["shard"], shard_placement_fn=lambda p: Shard(1),
                                        **options)
-    for unit in [*(model.visual.blocks if model.visual is not None else []),
-                 *([model.visual.merger] if model.visual is not None else []), *model.model.layers]:
-        apart = set(unit.mlp.experts.parameters()) if ep > 1 and unit in model.model.layers else None
-        fully_shard(unit, mesh=mesh, ignored_params=apart, **options)
+    for unit in [*([*model.visual.blocks, model.visual.merger] if model.visual is not None else []),
+                 *model.model.layers]:
+        around = getattr(unit, "around", None)
+        fully_shard(unit, mesh=mesh, ignored_params=set(around.parameters()) if around is not None else None, **options)
     fully_shard(model, mesh=mesh, **options)
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
@@ -212,6 +213,13 @@ def clip_gradients(params, limit: float) -> torch.Tensor:
     for g in groups:
         torch.nn.utils.clip_grads_with_norm_(g, limit, total)
     return total
+
+
+def on_sigterm() -> list:
+    """A list that stays empty until a SIGTERM: a training loop looks at it once a step, then saves and ends."""
+    asked = []
+    signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
+    return asked
 
 
 def _training_state(model, optimizer) -> dict:

@@ -806,10 +806,10 @@ def save_weights(model: Innovator, folder: Path, dtype: torch.dtype | None = Non
     write_checkpoint(folder, model.config, tensors(), dtype, model.assets)
 
 
-def write_checkpoint(folder: Path, config: ModelConfig, tensors, dtype: torch.dtype, assets: Path | None,
-                     hf: dict | None = None) -> None:
-    """Streams (name, tensor) pairs to safetensors files of SHARD_BYTES, then writes config.json (`hf`, else the
-    configuration's own form) and the files that travel along. Every rank runs the stream; rank 0 writes."""
+def write_checkpoint(folder: Path, config: ModelConfig, tensors, dtype: torch.dtype,
+                     assets: Path | None) -> None:
+    """Streams (name, tensor) pairs to safetensors files of SHARD_BYTES, then writes config.json and the files that
+    travel along. Every rank runs the stream; rank 0 writes."""
     files, pending, size, total = {}, {}, 0, 0
 
     def flush():
@@ -836,7 +836,7 @@ def write_checkpoint(folder: Path, config: ModelConfig, tensors, dtype: torch.dt
         weight_map = {t: name for (part, ts), name in zip(files.items(), names) for t in ts}
         write_json(folder / "model.safetensors.index.json",
                    {"metadata": {"total_size": total}, "weight_map": weight_map})
-    write_json(folder / "config.json", hf or config.to_hf(dtype))
+    write_json(folder / "config.json", config.to_hf(dtype))
     ids = config.token_ids
     write_json(folder / "generation_config.json", {
         "do_sample": False, "eos_token_id": [ids["eos_token_id"], ids["bos_token_id"]],

@@ -198,12 +198,12 @@ def load_statistics(counts_LGE: torch.Tensor, names: list[str]) -> dict:
     """Counts [layers, S + 1, E] -> load_max: the largest load of an expert over the mean, in the worst layer;
     load_entropy: mean over layers, 1 when uniform; share: of the choices of each discipline's tokens (and of the
     others'), the part that went to each discipline's experts."""
-    p_LE = torch.nn.functional.normalize(counts_LGE.sum(1).double(), p=1, dim=1)
+    p_LE = F.normalize(counts_LGE.sum(1).double(), p=1, dim=1)
     E, S, counts_GE = p_LE.shape[1], len(names), counts_LGE.sum(0).double()
     entropy_L = -torch.special.xlogy(p_LE, p_LE).sum(1) / math.log(max(E, 2))
     share = {}
     if S:
-        share_GS = torch.nn.functional.normalize(counts_GE.unflatten(1, (S, E // S)).sum(2), p=1, dim=1)
+        share_GS = F.normalize(counts_GE.unflatten(1, (S, E // S)).sum(2), p=1, dim=1)
         share = {name: [round(x, 4) for x in row]
                  for name, row in zip([*names, "other"], share_GS.tolist()) if any(row)}
     return {"load_max": float(p_LE.max()) * E, "load_entropy": float(entropy_L.mean()), "share": share}

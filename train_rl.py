@@ -28,7 +28,6 @@ Departures
 """
 import json
 import math
-import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -268,6 +267,8 @@ def verify(c: Config, verifiers: rewards.Verifiers, responses: list[Response], d
 class Batch:
     """One micro-batch of responses on the device: the pack, and for every response token what the loss needs."""
     pack: object
+    responses: float  # that carry loss, known on the host
+    tokens: float  # of these
     sequence: torch.Tensor  # [N] number of its response in this micro-batch
     lengths: torch.Tensor  # [S]
     advantage: torch.Tensor  # [N]
@@ -284,7 +285,6 @@ def micro_batches(c: Config, responses: list[Response], model: Innovator, tok: T
     most = torch.tensor(len(packs))
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     packs += [np.zeros(0, np.int64)] * (int(most) - len(packs))
-    names = model.config.expert_groups if model.config.num_experts else None
     out = []
     for p in packs:
         some = [responses[k] for k in np.sort(p)]
@@ -293,7 +293,7 @@ def micro_batches(c: Config, responses: list[Response], model: Innovator, tok: T
         keep = [0.0 if r.error or c.mask_truncated and r.truncated else 1.0 for r in some]
         spread = lambda x: torch.from_numpy(np.repeat(np.array(x, dtype=np.float32), n)).to(device)
         out.append(Batch(
-            to_device(data, device, model.impl, model.mixed_dtype, names),
+            to_device(data, device, model.impl, model.mixed_dtype), sum(keep), float(n @ np.array(keep)),
             torch.from_numpy(np.repeat(np.arange(len(some)), n)).to(device), torch.from_numpy(n).float().to(device),
             spread([r.advantage for r in some]), spread(keep),
             torch.from_numpy(np.concatenate([r.engine for r in some] + [np.zeros(0, np.float32)])).to(device)))
@@ -311,8 +311,7 @@ def update(c: Config, model, optimizer, batches: list[Batch], lr: float) -> dict
     """One optimizer step on these micro-batches; statistics are sums over tokens, reduced over ranks."""
     device = batches[0].mask.device
     # responses and tokens that carry loss, over ranks: the denominators
-    counts = torch.tensor([sum(float((torch.bincount(b.sequence, b.mask, len(b.lengths)) > 0).sum()) for b in batches),
-                           sum(float(b.mask.sum()) for b in batches)], dtype=torch.float64)
+    counts = torch.tensor([sum(b.responses for b in batches), sum(b.tokens for b in batches)], dtype=torch.float64)
     dist.all_reduce(counts)
     responses, tokens = counts.tolist()
     below = max(denominator(c.reduce, responses, tokens, c.max_new_tokens), 1)
@@ -336,16 +335,16 @@ def update(c: Config, model, optimizer, batches: list[Batch], lr: float) -> dict
     norm = common.clip_gradients([p for p in model.parameters() if p.requires_grad], c.clip)
     dist.all_reduce(sums)
     dist.all_reduce(top, op=dist.ReduceOp.MAX)
-    loss, *per_token = sums.tolist()
-    if not (math.isfinite(loss) and math.isfinite(norm.item())):
-        raise UserError(f"loss {loss} or gradient norm {norm.item()} is not finite; nothing was updated. Lower --lr, "
+    norm, top, loss, *per_token = torch.cat([torch.stack([norm, top]).double(), sums]).tolist()  # one wait
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise UserError(f"loss {loss} or gradient norm {norm} is not finite; nothing was updated. Lower --lr, "
                         "or go on from the last checkpoint with --resume")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     names = ("clip_share", "entropy", "ratio_mean", "kl_first", "corrected_kept")
-    return {"loss": loss, "grad_norm": norm.item(), "ratio_max": top.item(),
+    return {"loss": loss, "grad_norm": norm, "ratio_max": top,
             **{k: v / max(tokens, 1) for k, v in zip(names, per_token)}}
 
 
@@ -408,16 +407,6 @@ def write_rollouts(out: Path, step: int, responses: list[Response], rows: list[d
                 f.write(f"---- reward {r.reward:.2f}, {len(r.engine)} tokens{', truncated' * r.truncated}\n{r.text}\n")
 
 
-def save(c: Config, model, optimizer, step: int, trainer: dict) -> None:
-    with common.atomic_dir(Path(c.out) / f"step_{step:08d}") as tmp:
-        train_sft.save_weights(model, tmp, model.mixed_dtype)
-        common.save_state(model, optimizer, tmp, {"step": step, "config": asdict(c), "world": world(),
-                                                  "commit": common.commit(), **trainer})
-    if is_rank0():
-        for old in sorted(Path(c.out).glob("step_????????"))[:-c.keep]:
-            common.remove_dir(old)
-
-
 def main() -> None:
     c = common.parse(Config, doc=__doc__)
     device = common.init_distributed()
@@ -450,11 +439,7 @@ def main() -> None:
     log = common.Log(out, step)
     if is_rank0():
         common.write_json(out / "run.json", {"config": asdict(c), "commit": common.commit()})
-    stop = False
-    def on_term(*_):
-        nonlocal stop
-        stop = True
-    signal.signal(signal.SIGTERM, on_term)
+    asked, stop = common.on_sigterm(), False
     bar = tqdm(total=c.steps, initial=step, desc=c.recipe, disable=None if is_rank0() else True)
     while step < c.steps and not stop:
         t0 = time.perf_counter()
@@ -480,7 +465,8 @@ def main() -> None:
         step += 1
         sums = torch.tensor([sum(r.reward for r in responses), sum(r.accuracy for r in responses),
                              sum(len(r.engine) for r in responses), sum(r.truncated for r in responses),
-                             sum(bool(r.error) for r in responses), len(responses), *counts.values(), float(stop)],
+                             sum(bool(r.error) for r in responses), len(responses), *counts.values(),
+                             float(bool(asked))],
                             dtype=torch.float64)
         dist.all_reduce(sums)
         reward, accuracy, tokens, truncated, errors, n, groups, equal, made, stopping = sums.tolist()
@@ -498,7 +484,7 @@ def main() -> None:
                             f"equal {row['equal_groups']:.2f}" + (f" verifier errors {int(errors)}" if errors else ""))
         bar.update()
         if step % c.save_every == 0 or step == c.steps or stop:
-            save(c, model, optimizer, step, {"cursor": cursor, "updates": updates})
+            train_sft.save(c, model, optimizer, step, {"cursor": cursor, "updates": updates})
     bar.close()
     verifiers.close()
     if is_rank0():

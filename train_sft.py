@@ -34,7 +34,6 @@ import functools
 import json
 import math
 import re
-import signal
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -312,16 +311,15 @@ def stop_non_finite(c: Config, step: int, packs: list, losses: list[float], norm
                     f"{' ...' if len(names) > 4 else ''}; all are in {file}")
 
 
-def save(c: Config, model, optimizer, step: int, loader_state: dict, seconds: float) -> Path:
-    folder = Path(c.out) / f"step_{step:08d}"
-    with common.atomic_dir(folder) as tmp:
+def save(c, model, optimizer, step: int, trainer: dict) -> None:
+    """step_XXXXXXXX/ of a run; `trainer`: what its script needs to go on. Older ones than --keep are removed."""
+    with common.atomic_dir(Path(c.out) / f"step_{step:08d}") as tmp:
         save_weights(model, tmp, model.mixed_dtype)
-        common.save_state(model, optimizer, tmp, {"step": step, "loader": loader_state, "seconds": seconds,
-                                                  "world": world(), "config": asdict(c), "commit": common.commit()})
+        common.save_state(model, optimizer, tmp, {"step": step, "world": world(), "config": asdict(c),
+                                                  "commit": common.commit(), **trainer})
     if is_rank0():
         for old in sorted(Path(c.out).glob("step_????????"))[:-c.keep]:
             common.remove_dir(old)
-    return folder
 
 
 def main() -> None:
@@ -361,11 +359,7 @@ def main() -> None:
     if is_rank0():
         common.write_json(out / "run.json", {"config": asdict(c), "commit": common.commit()})
 
-    stop = False
-    def on_term(*_):
-        nonlocal stop
-        stop = True
-    signal.signal(signal.SIGTERM, on_term)
+    asked, stop = common.on_sigterm(), False
     peak, dtype, began = common.peak_flops(device), model.mixed_dtype, time.perf_counter()
     bar = tqdm(total=c.steps, initial=start, desc=c.stage, disable=None if is_rank0() else True, mininterval=1)
     steps = iter(loader)
@@ -394,11 +388,10 @@ def main() -> None:
             loss.backward()
         norm = common.clip_gradients([p for p in model.parameters() if p.requires_grad], c.clip)
         local = torch.cat([torch.stack([sum(losses).double() / max(denominator, 1),
-                                        torch.tensor(float(stop), device=device)]), extra,
+                                        torch.tensor(float(bool(asked)), device=device)]), extra,
                            *([counts.flatten()] if counts is not None else [])]).double()
         dist.all_reduce(local)
-        loss, stopping, *extra = local.tolist()  # the step's one wait for the device
-        norm = norm.item()
+        norm, loss, stopping, *extra = torch.cat([norm.double()[None], local]).tolist()  # the one wait for the device
         if not (math.isfinite(loss) and math.isfinite(norm)):
             stop_non_finite(c, step, data.packs, torch.stack(losses).tolist(), norm)
         stop = stopping > 0
@@ -431,7 +424,7 @@ def main() -> None:
         if val and (step == c.steps or c.val_every and step % c.val_every == 0):
             val_log.write({"step": step} | val.run(model, device))
         if step % c.save_every == 0 or step == c.steps or stop:
-            save(c, model, optimizer, step, data.state, row["seconds"])
+            save(c, model, optimizer, step, {"loader": data.state, "seconds": row["seconds"]})
     bar.close()
     steps.close()
     if is_rank0():

@@ -157,7 +157,6 @@ def stage0(c: Stage0) -> None:
 
 
 # ---- dense -> MoE ---------------------------------------------------------------------------------------------------
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 MLP = re.compile(r"(model\.layers\.\d+\.mlp)\.(gate|up|down)_proj\.weight")
 
 
@@ -179,13 +178,13 @@ class Tensors:
         return file.get_tensor(key)
 
 
-def write(out: str, source: str, config: ModelConfig, tensors, dtype: torch.dtype, count: int, hf=None) -> None:
+def write(out: str, source: str, config: ModelConfig, tensors, dtype: torch.dtype, count: int) -> None:
     folder = checkpoint_folder(source)
     if Path(out).exists():
         raise UserError(f"{out} exists already: choose another folder, or remove it")
     with atomic_dir(out) as tmp:
         write_checkpoint(tmp, config, tqdm(tensors, total=count, desc=Path(out).name, disable=None), dtype,
-                         folder if (folder / "tokenizer.json").exists() else None, hf)
+                         folder if (folder / "tokenizer.json").exists() else None)
 
 
 def moe_tensors(dense: Tensors, experts: list[Tensors], slices: int, scale: float, router):
@@ -241,9 +240,8 @@ def upcycle(dense: str, experts: dict[str, str], slices: int, top_k: int, scale:
     if not shared:
         config = replace(config, shared_expert_intermediate_size=0)
     tensors = moe_tensors(base, list(sources.values()), slices, scale, router_init(config.num_experts, std, seed))
-    dtype = next(iter(base.where.items()))[1][0].get_tensor(next(iter(base.where.values()))[1]).dtype
-    write(out, dense, config, (t for t in tensors if shared or ".shared_expert." not in t[0]), dtype,
-          len(base.where) + config.num_hidden_layers * (3 * config.num_experts + 1))
+    write(out, dense, config, (t for t in tensors if shared or ".shared_expert." not in t[0]),
+          base["model.norm.weight"].dtype, len(base.where) + config.num_hidden_layers * (3 * config.num_experts + 1))
     return config
 
 
@@ -316,8 +314,7 @@ def coarse_expert(source: Tensors, c: ModelConfig, discipline: str):
 def single(c: Extract, dense: bool) -> None:
     source, config = Tensors(c.model), config_of(c.model)
     name, whole = coarse_expert(source, config, c.discipline)
-    width = config.intermediate_size if not config.moe_intermediate_size else \
-        config.moe_intermediate_size * config.num_experts // len(config.expert_groups)
+    width = config.moe_intermediate_size * config.num_experts // len(config.expert_groups)
 
     def tensors():
         for key in source.where:
