@@ -13,6 +13,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 import types
 import typing
 from pathlib import Path
@@ -38,10 +40,12 @@ def run(main) -> None:
         print(f"error: {e.strerror or e}: {e.filename or 'while writing'}", file=sys.stderr, flush=True)
         os._exit(2) if dist.is_initialized() and dist.get_world_size() > 1 else sys.exit(2)
     finally:
-        if dist.is_initialized() and sys.exc_info()[0] in (None, SystemExit):
-            many, code = dist.get_world_size() > 1, getattr(sys.exc_info()[1], "code", 0) or 0
-            dist.destroy_process_group()
-            if many:  # NOTE torch's own threads sometimes abort a rank while the interpreter shuts down: leave before
+        if sys.exc_info()[0] in (None, SystemExit):
+            code = getattr(sys.exc_info()[1], "code", 0) or 0
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                # NOTE torch's own threads sometimes abort a rank while the interpreter shuts down: leave before
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code if isinstance(code, int) else 1)
@@ -115,6 +119,42 @@ def init_distributed() -> torch.device:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     return device
+
+
+def init_apart(trainers: int) -> tuple[torch.device, dist.Store]:
+    """torchrun's group in two: the first ranks train and are the group from here on; each of the others is a group of
+    one, with its GPU as the only one it sees. -> device, and a store that all ranks share"""
+    number, local, many = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), None,
+                          is_master=number == 0 and not agent, wait_for_workers=False)
+    trains = number < trainers
+    if not trains:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(many)))).split(",")
+        os.environ |= dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", CUDA_VISIBLE_DEVICES=(visible + [""] * many)[local])
+        local = 0
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                            store=dist.PrefixStore("trainers", store) if trains else dist.HashStore(),
+                            rank=number if trains else 0, world_size=trainers if trains else 1)
+    return device, dist.PrefixStore("apart", store)
+
+
+def watchdog(seconds: float, what: str):
+    """A function to call at every sign of life; without one for so long, the process ends with one line."""
+    alive = [time.monotonic()]
+
+    def watch():
+        while time.monotonic() - alive[0] < seconds:
+            time.sleep(min(1.0, seconds / 10))
+        print(f"error: {what} gave no sign of life for {seconds:g} s (rank {rank()}); go on with --resume",
+              file=sys.stderr, flush=True)
+        os._exit(3)
+    threading.Thread(target=watch, daemon=True).start()
+    return lambda: alive.__setitem__(0, time.monotonic())
 
 
 def rank() -> int:

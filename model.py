@@ -243,11 +243,11 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.around = None  # with expert parallelism, the experts' own sharding unit
 
-    def run(self, x_TD, angles, docs, impl, cache=None, labels=None):
-        """-> x [T, D]; and for experts with labels their routing losses and counts (moe.routing_losses), else None."""
+    def run(self, x_TD, angles, docs, impl, cache=None, labels=None, experts=None):
+        """-> x [T, D]; and for experts with labels their routing (moe.MoE), else None."""
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), angles, docs, impl, cache)
         h_TD = self.post_attention_layernorm(x_TD)
-        y_TD, routing = self.mlp(h_TD, labels) if isinstance(self.mlp, MoE) else (self.mlp(h_TD), None)
+        y_TD, routing = self.mlp(h_TD, labels, experts) if isinstance(self.mlp, MoE) else (self.mlp(h_TD), None)
         return x_TD + y_TD, routing
 
     def forward(self, *args):
@@ -263,15 +263,17 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.rope = (c.rope_theta, c.head_dim)
 
-    def forward(self, x_TD, positions_T, docs, impl, cache=None, labels=None):
-        """-> hidden rows [T, D], and a MoE's routing over its layers: (losses [L, 3], counts [L, S + 1, E]) or None."""
+    def forward(self, x_TD, positions_T, docs, impl, cache=None, labels=None, experts=None):
+        """-> hidden rows [T, D], and a MoE's routing over its layers or None: losses [L, 3], counts [L, S + 1, E], best
+        experts [L, T, k]. experts [L, T, k]: replayed ones."""
         theta, d = self.rope
         inv = 1 / theta ** (torch.arange(0, d, 2, device=x_TD.device, dtype=torch.float32) / d)
         angles = positions_T[:, None].float() * inv  # [T, d/2]
         angles = (angles.cos()[:, None], angles.sin()[:, None])
         routing = []
         for layer, block in enumerate(self.layers):
-            x_TD, r = block(x_TD, angles, docs, impl, cache and cache.layer(layer), labels)
+            x_TD, r = block(x_TD, angles, docs, impl, cache and cache.layer(layer), labels,
+                            None if experts is None else experts[layer])
             routing += [r] if r is not None else []
         return self.norm(x_TD), tuple(torch.stack(r) for r in zip(*routing)) or None
 
@@ -289,6 +291,7 @@ class Pack:
     grids: list[tuple[int, int, int]] = field(default_factory=list)
     image_rows: torch.Tensor | None = None  # [M] rows that hold <|image_pad|>, in order
     labels: torch.Tensor | None = None  # [T] discipline of each token (moe.routing_losses); None: not counted
+    experts: torch.Tensor | None = None  # [L, T, k] experts that a MoE uses in place of its own choice, -1: its own
 
 
 class Innovator(nn.Module):
@@ -335,7 +338,7 @@ class Innovator(nn.Module):
 
     def hidden(self, p: Pack):
         return self.model(self.embed(p.input_ids, p.pixels, p.grids, p.image_rows), p.positions, p.docs, self.impl,
-                          labels=p.labels)
+                          labels=p.labels, experts=p.experts)
 
     def forward(self, p: Pack, entropy: bool | None = None, temperature: float = 1.0):
         """The weighted sum of -log p over the supervised rows and its unweighted twin (both fp32 scalars), or, with
@@ -433,9 +436,11 @@ class Innovator(nn.Module):
     @torch.inference_mode()
     def generate(self, prompts: list[list[int]], pixel_values=None, image_grid_thw=None, *, max_new_tokens: int = 128,
                  temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, stop_ids=(), seed: int = 0,
-                 use_cache: bool = True, on_token=None, logprobs: bool = False):
-        """Continues every prompt; returns the new tokens of each, ending with the stop id that ended it, if one did;
-        with logprobs, also the log-probability of each token at this temperature (before top_p and top_k).
+                 use_cache: bool = True, on_token=None, logprobs: bool = False, n: int = 1, experts: bool = False):
+        """Continues every prompt n times; returns the new tokens of each (B n lists, a prompt's together), ending with
+        the stop id that ended it, if one did. With logprobs or experts, also (else None) the log-probability of each
+        token at this temperature (before top_p and top_k), and a MoE's choices for each token that it read:
+        [prompt + new - 1, L, k] int16.
 
         prompts: B lists of ids. pixel_values [P, 588], image_grid_thw [N, 3]: all prompts' images, in order of
         appearance. temperature 0 is greedy. top_p and top_k cut the distribution after temperature; 1.0 and 0 are off.
@@ -445,6 +450,8 @@ class Innovator(nn.Module):
         longest = max(map(len, prompts)) + max_new_tokens
         assert min(map(len, prompts)) > 0, f"prompt {min(range(len(prompts)), key=lambda b: len(prompts[b]))} is empty"
         assert longest <= limit, f"prompt + max_new_tokens = {longest} tokens, the model's context is {limit}"
+        assert use_cache or n == 1 and not experts, "without the cache: one continuation a prompt, no experts"
+        assert not experts or self.config.num_experts, "the model has no experts"
         device, impl, B = self.device, self.impl, len(prompts)
         generator = torch.Generator(device=device).manual_seed(seed)
         grids = [] if image_grid_thw is None else [tuple(g) for g in torch.as_tensor(image_grid_thw).tolist()]
@@ -455,10 +462,15 @@ class Innovator(nn.Module):
         cache = KVCache(self.config, B, longest, device, self.compute_dtype, docs, positions) if use_cache else None
         x = self.embed(flat, pixels, grids)
         last = docs.cu[1:].long() - 1
-        new, alive, logps = [[] for _ in prompts], [True] * B, [[] for _ in prompts]
+        new, alive, logps, read = [[] for _ in range(B * n)], [True] * B * n, [[] for _ in range(B * n)], []
         for _ in range(max_new_tokens):
-            h = self.model(x, positions, docs, impl, cache)[0][last]  # [B, D]
-            logits = self.lm_head(h).float()
+            labels = torch.full((len(x),), len(self.config.expert_groups), device=device) if experts else None
+            h, routing = self.model(x, positions, docs, impl, cache, labels)
+            read += [routing[2].transpose(0, 1)] if experts else []  # [prompts' tokens or B n, L, k]
+            logits = self.lm_head(h[last]).float()  # [B n, V]
+            if n > 1 and len(logits) == B:
+                logits = logits.repeat_interleave(n, 0)
+                cache.repeat(n)
             ids = sample(logits, temperature, top_p, top_k, generator)
             said = (logits / (temperature or 1)).log_softmax(-1).gather(1, ids[:, None])[:, 0].tolist() if logprobs \
                 else ()
@@ -479,7 +491,17 @@ class Innovator(nn.Module):
                 docs = Documents.of([len(p) for p in full], device, impl)
                 positions, last = docs.positions().to(device), docs.cu[1:].long() - 1
                 x = self.embed(torch.tensor([t for p in full for t in p], device=device), pixels, grids)
-        return (new, logps) if logprobs else new
+        if not (logprobs or experts):
+            return new
+        return new, logps if logprobs else None, self._choices(read, prompts, new) if experts else None
+
+    @staticmethod
+    def _choices(read, prompts, new):
+        """The experts of every token that generate read, one array a continuation."""
+        of_prompts = read[0].cpu().split([len(p) for p in prompts])
+        later = torch.stack(read[1:], 1).cpu() if len(read) > 1 else read[0].new_empty(len(new), 0, *read[0].shape[1:]).cpu()
+        return [torch.cat([of_prompts[b * len(prompts) // len(new)], later[b, :len(ids) - 1]]).numpy()
+                for b, ids in enumerate(new)]
 
 
 class KVCache:
@@ -492,6 +514,10 @@ class KVCache:
         self.positions = positions  # [T] place of a row in its sequence
         self.next = torch.tensor(docs.lengths, device=device)  # [B]
         self.mask = None  # the prompt attends by documents
+
+    def repeat(self, n: int) -> None:
+        """After the prompts: n continuations of each."""
+        self.k, self.v, self.next = (x.repeat_interleave(n, d) for x, d in ((self.k, 1), (self.v, 1), (self.next, 0)))
 
     def layer(self, i: int) -> "KVCache":
         self.i = i
@@ -792,18 +818,25 @@ def init_weights(model: nn.Module, seed: int, prefix: str = "") -> None:
 
 
 @torch.no_grad()
+def gathered(model: Innovator, dtype: torch.dtype):
+    """(name, whole parameter in `dtype`) one after the other; every rank gathers all of them in the same order."""
+    for name, p in model.named_parameters():
+        whole = p.detach().to(dtype)
+        yield name, whole.full_tensor() if isinstance(whole, DTensor) else whole
+
+
+def split_pieces(named):
+    """(name, parameter) pairs -> those of the checkpoint (pieces)."""
+    for full, whole in named:
+        for name, region in pieces(full, whole.shape):
+            yield name, whole[region].reshape(file_shape(name, region))
+
+
 def save_weights(model: Innovator, folder: Path, dtype: torch.dtype | None = None) -> None:
     """Weights (in `dtype`, else as they are), config.json and the tokenizer and processor files, into `folder`. Shards
     of a distributed model are gathered one parameter at a time; rank 0 holds at most one output file in memory."""
     dtype = dtype or model.model.norm.weight.dtype
-
-    def tensors():
-        for full, p in model.named_parameters():
-            whole = p.detach().to(dtype)
-            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-            for name, region in pieces(full, p.shape) if is_rank0() else ():
-                yield name, whole[region].reshape(file_shape(name, region))
-    write_checkpoint(folder, model.config, tensors(), dtype, model.assets)
+    write_checkpoint(folder, model.config, split_pieces(gathered(model, dtype)), dtype, model.assets)
 
 
 def write_checkpoint(folder: Path, config: ModelConfig, tensors, dtype: torch.dtype,
@@ -821,6 +854,8 @@ def write_checkpoint(folder: Path, config: ModelConfig, tensors, dtype: torch.dt
             pending, size = {}, 0
 
     for name, tensor in tensors:
+        if not is_rank0():
+            continue
         pending[name] = tensor.to(device="cpu", dtype=dtype, copy=True).contiguous()
         size, total = size + pending[name].nbytes, total + pending[name].nbytes
         if size >= SHARD_BYTES:

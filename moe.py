@@ -19,6 +19,9 @@ Departures
 2. The balance loss is that of one micro-batch, and every layer's counts in full (Megatron-LM's default), not the mean
    over layers (Transformers).
 
+Routing replay (R3, arXiv:2510.11370; R2 in GSPO, arXiv:2507.18071): reinforcement learning can hand in the experts that
+the engine or the old policy chose, see choose_experts.
+
 Letters: T tokens, D width, E experts, k chosen a token, n expert width, N = T k token copies in the order of their
 experts, S disciplines that own experts.
 """
@@ -46,11 +49,17 @@ class _RouterLogits(torch.autograd.Function):
                 (g_TE.T @ x_TD.float()).to(w_ED.dtype) if need_w else None)
 
 
-def choose_experts(logits_TE: torch.Tensor, k: int, normalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [T, k] (fp32) and numbers [T, k] of the experts with the k largest logits."""
-    top_Tk, experts_Tk = logits_TE.topk(k, dim=-1)
+def choose_experts(logits_TE: torch.Tensor, k: int, normalise: bool, given_Tk=None):
+    """Weights [T, k] (fp32) and numbers [T, k] of the experts that a token goes to, and those with the k largest
+    logits. They are the same but for routing replay: `given` names the experts (a row of -1: the largest logits), and
+    the weights are the softmax of the live logits at these places, so that the router still learns."""
+    top_Tk, best_Tk = logits_TE.topk(k, dim=-1)
+    experts_Tk = best_Tk
+    if given_Tk is not None:
+        experts_Tk = torch.where(given_Tk < 0, best_Tk, given_Tk.long())
+        top_Tk = logits_TE.gather(1, experts_Tk)
     whole = top_Tk if normalise else logits_TE
-    return (top_Tk - whole.logsumexp(-1, keepdim=True)).exp(), experts_Tk
+    return (top_Tk - whole.logsumexp(-1, keepdim=True)).exp(), experts_Tk, best_Tk
 
 
 # ---- experts --------------------------------------------------------------------------------------------------------
@@ -223,11 +232,13 @@ class MoE(nn.Module):
         self.shared_expert_gate = nn.Linear(c.hidden_size, 1, bias=False) if c.shared_expert_gate else None
         self.S, self.router_only, self.label_loss = len(c.expert_groups), False, "bce"
 
-    def forward(self, x_TD, labels_T=None):
-        """-> [T, D] and, with labels, what routing_losses returns (else None)."""
+    def forward(self, x_TD, labels_T=None, given_Tk=None):
+        """-> [T, D] and, with labels, what routing_losses returns and the k best experts of every token (else None).
+        given: replayed experts (choose_experts)."""
         logits_TE = _RouterLogits.apply(x_TD, self.gate.weight)
-        weights_Tk, experts_Tk = choose_experts(logits_TE, self.k, self.normalise)
-        report = None if labels_T is None else routing_losses(logits_TE, experts_Tk, labels_T, self.S, self.label_loss)
+        weights_Tk, experts_Tk, best_Tk = choose_experts(logits_TE, self.k, self.normalise, given_Tk)
+        report = None if labels_T is None else (
+            *routing_losses(logits_TE, experts_Tk, labels_T, self.S, self.label_loss), best_Tk.to(torch.int16))
         if self.router_only:
             weights_Tk = weights_Tk.detach()
         y_TD = self.experts(x_TD, weights_Tk, experts_Tk)

@@ -1,12 +1,16 @@
 """Reinforcement learning with verifiable rewards: GSPO, GRPO, DAPO, Dr. GRPO, CISPO on text and pictures, dense or MoE.
 
-    python train_rl.py --recipe gspo --model runs/instruct --data toy/rl --out runs/rl
-    torchrun --nproc-per-node 8 train_rl.py --recipe dapo --model runs/instruct --data RL-172K --out runs/rl
+    python train_rl.py --recipe gspo-paper --model runs/instruct --data toy/rl --out runs/rl
+    torchrun --nproc-per-node 8 train_rl.py --recipe dapo --engine vllm --model runs/instruct --data RL-172K --out runs/rl
+    torchrun --nproc-per-node 8 train_rl.py --recipe upstream --engine vllm-server ...   # 4 GPUs generate, 4 train
 
 A step: draw prompts -> roll out G responses each -> verify them -> drop or refill groups without spread -> the
 trainer's own log-probabilities (old) -> K updates on parts of the batch -> weights to the engine -> log.
 A run leaves step_XXXXXXXX/ (the model, and state/ to resume from), metrics.jsonl, curves.png and rollouts.txt, a few
 responses of every step with their rewards.
+
+Engines (engine.py): torch, model.py's own generate; vllm, in the same process and asleep while training; vllm-server,
+on ranks of its own that run ahead by at most --staleness versions of the weights and take new ones between two tokens.
 
 The loss of a response token t in response i, with ratio r_t = p_t / old_t and advantage A:
   token     -min(r_t A, clip(r_t, 1 - low, 1 + high) A)                                     (GRPO, DAPO, Dr. GRPO)
@@ -18,16 +22,20 @@ tokens / their number: DAPO, CISPO), 'constant' (sum over all tokens / (response
 The denominators are those of the whole minibatch, over ranks and micro-batches.
 
 References: GSPO arXiv:2507.18071, DAPO 2503.14476, GRPO 2402.03300, Dr. GRPO 2503.20783, CISPO 2506.13585, truncated
-importance sampling (fengyao.notion.site/off-policy-rl); the released configs/innovator-vl-8b-gspo.yaml.
+importance sampling (fengyao.notion.site/off-policy-rl), routing replay 2507.18071 (R2) and 2510.11370 (R3); the
+released configs/innovator-vl-8b-gspo.yaml.
 
 Departures
-1. 'released' is the released yaml, whose one update a batch makes its ratio 1 and its clip idle; it also sums a
-   sequence loss over tokens. 'gspo' is the paper's: four updates, 3e-4 and 4e-4, every response weighs the same.
+1. 'upstream' is the released yaml, whose one update a batch makes its ratio 1 and its clip idle; it also sums a
+   sequence loss over tokens. 'gspo-paper' has four updates, 3e-4 and 4e-4, and every response weighs the same.
 2. Advantages are normalised once, inside the group; the released code normalises over the batch again.
 3. Sampling is at top_p 1 without top_k, so that the engine's and the trainer's probabilities are of one distribution.
 """
+import contextlib
 import json
 import math
+import os
+import re
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,28 +48,31 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import common
+import engine as engines
+import moe
 import rewards
 import train_sft
 from common import UserError, is_rank0, print0, rank, world
 from data import (BadRow, Dataset, Doc, Limits, Tokenizer, best_fit_decreasing, collate, encode, normalise, permutation,
                   to_device)
-from model import Innovator, checkpoint_folder
+from model import Innovator, checkpoint_folder, config_of, gathered
 
 RECIPES = {
-    "gspo": dict(loss="gspo", reduce="sequence", low=3e-4, high=4e-4, updates=4, lr=1e-6),
-    "released": dict(loss="gspo", reduce="token", low=0.2, high=0.28, updates=1, lr=2e-6, correction="mask", cap=5.0),
+    "gspo-paper": dict(loss="gspo", reduce="sequence", low=3e-4, high=4e-4, updates=4, lr=1e-6),
+    "upstream": dict(loss="gspo", reduce="token", low=0.2, high=0.28, updates=1, lr=2e-6, correction="mask", cap=5.0),
     "grpo": dict(loss="token", reduce="sequence", low=0.2, high=0.2, updates=1, lr=1e-6),
     "dapo": dict(loss="token", reduce="token", low=0.2, high=0.28, updates=16, lr=1e-6, refill=10, overlong=4096,
                  mask_truncated=True),
     "dr-grpo": dict(loss="token", reduce="constant", low=0.2, high=0.2, updates=1, lr=1e-6, divide_by_std=False),
     "cispo": dict(loss="cispo", reduce="token", low=1.0, high=4.0, updates=1, lr=1e-6),
 }
+NOT_FINITE = "the engine gave a log-probability that is not finite"
 EVERY_RECIPE = dict(correction="none", cap=2.0, refill=0, overlong=0, mask_truncated=False, divide_by_std=True)
 
 
 @dataclass
 class Config:
-    recipe: Literal["gspo", "released", "grpo", "dapo", "dr-grpo", "cispo"]  # defaults of the fields with *
+    recipe: Literal["gspo-paper", "upstream", "grpo", "dapo", "dr-grpo", "cispo"]  # defaults of the fields with *
     model: str  # checkpoint or run folder
     data: list[str]  # rows with the columns of RL-172K
     out: str  # folder of this run
@@ -71,8 +82,11 @@ class Config:
     high: float | None = None  # * and at 1 + high
     updates: int | None = None  # * optimizer steps a batch of rollouts, each on its part of the responses
     divide_by_std: bool | None = None  # * advantages are divided by the group's standard deviation
-    correction: Literal["none", "truncate", "mask"] | None = None  # * weight old / engine probability: cut at cap
-    cap: float | None = None  # * (truncate), or dropped above it (mask)
+    correction: Literal["none", "truncate", "mask", "sequence-truncate", "sequence-mask"] | None = None  # * weight old
+    # / engine probability, of a token or of a whole response: cut at cap (truncate), or dropped above it (mask)
+    cap: float | None = None  # * of the correction
+    replay: Literal["none", "old", "engine"] = "none"  # a MoE's updates use the experts of the old pass (R2) or of the
+    # engine (R3, in the old pass too)
     refill: int | None = None  # * rounds of new prompts that may replace groups of equal rewards, 0: such groups train
     overlong: int | None = None  # * last tokens of the budget over which the reward falls linearly by 1
     mask_truncated: bool | None = None  # * responses that did not end carry no loss
@@ -92,7 +106,15 @@ class Config:
     clip: float = 1.0  # largest gradient norm
     steps: int = 100  # batches of rollouts
     pack: int = 8192  # tokens of a micro-batch; one response may be longer
-    rollout_batch: int = 64  # sequences that the engine continues together
+    engine: Literal["torch", "vllm", "vllm-server"] = "torch"  # who generates
+    rollout_batch: int = 64  # sequences that the torch engine continues together
+    engine_memory: float = 0.3  # share of the GPU's memory that vLLM may take, its weights included
+    context: int = 0  # longest prompt + response of vLLM, 0: the model's context
+    tp: int = 1  # neighbouring ranks that share one vLLM
+    eager: bool = False  # vLLM without CUDA graphs: starts sooner, generates slower
+    rollout_ranks: int = 0  # ranks that only generate, ahead of the others; vllm-server: default half of them
+    staleness: int = 1  # versions of the weights that these may be behind when they begin a batch
+    patience: float = 1800.0  # seconds without a sign of life from the engine or from a rank, then the run ends
     trainable: list[str] | None = None  # modules that train, default language_model
     min_pixels: int = 3136  # smallest image area
     max_pixels: int = 262144  # largest image area
@@ -114,6 +136,9 @@ class Config:
         assert 0 <= self.overlong <= self.max_new_tokens, \
             f"--overlong {self.overlong} must lie in 0..max_new_tokens {self.max_new_tokens}"
         assert self.temperature > 0, "--temperature 0 samples one response G times"
+        assert self.staleness >= 0 and self.rollout_ranks >= 0, "--staleness and --rollout-ranks cannot be negative"
+        assert 0 < self.engine_memory < 1, f"--engine-memory {self.engine_memory} is a share between 0 and 1"
+        assert not self.rollout_ranks or self.tp == 1, "--tp shares an engine among training ranks, not rollout ranks"
         assert self.prompts * self.group % self.updates == 0, \
             f"{self.prompts} x {self.group} responses do not divide over {self.updates} updates"
 
@@ -154,11 +179,24 @@ def denominator(reduce: str, responses: int, tokens: int, longest: int) -> float
     return {"sequence": responses, "token": tokens, "constant": responses * longest}[reduce]
 
 
-def correction_weight(old_N, engine_N, kind: str, cap: float) -> torch.Tensor:
-    """Weight of a token for being sampled by the engine, not by the trainer's own old policy."""
-    weight_N = (old_N - engine_N).exp()
-    return {"none": torch.ones_like(weight_N), "truncate": weight_N.clamp(max=cap),
-            "mask": weight_N * (weight_N <= cap)}[kind]
+def correction_weight(old_N, engine_N, kind: str, cap: float, sequence_N=None, lengths_S=None) -> torch.Tensor:
+    """Weight of a token for being sampled by the engine, not by the trainer's own old policy: the ratio of its two
+    probabilities or (sequence-) that of its whole response."""
+    if kind == "none":
+        return torch.ones_like(old_N)
+    log_N = old_N - engine_N
+    if kind.startswith("sequence-"):
+        log_N = log_N.new_zeros(len(lengths_S)).index_add(0, sequence_N, log_N)[sequence_N]
+    weight_N = log_N.clamp(max=20.0).exp()  # finite before the cap
+    return weight_N.clamp(max=cap) if kind.endswith("truncate") else weight_N * (weight_N <= cap)
+
+
+def rerouted(a_LTk, b_LTk) -> torch.Tensor:
+    """How two choices of experts differ [4]: (layer, token) pairs with another set of experts, pairs; tokens with
+    another set in some layer, tokens. Rows of -1 in b count nowhere."""
+    known_LT = (b_LTk >= 0).all(-1)
+    other_LT = (a_LTk.sort(-1).values != b_LTk.sort(-1).values).any(-1) & known_LT
+    return torch.stack([other_LT.sum(), known_LT.sum(), other_LT.any(0).sum(), known_LT.any(0).sum()]).double()
 
 
 # ---- rollouts -------------------------------------------------------------------------------------------------------
@@ -169,61 +207,42 @@ class Response:
     text: str
     engine: np.ndarray  # log-probabilities that the engine sampled with, one a response token
     truncated: bool
+    experts: np.ndarray | None = None  # of the engine, engine.Continuation
     reward: float = 0.0
     accuracy: float = 0.0
-    error: str = ""
+    error: str = ""  # why it says nothing about the policy
     advantage: float = 0.0
-
-
-class TorchEngine:
-    """model.py's own generate on a whole copy of the model: the reference, and the default without vLLM."""
-    def __init__(self, model: Innovator, device: torch.device):
-        self.model = Innovator.on_meta(model.config).to(model.mixed_dtype).to_empty(device=device).eval()
-        self.model.attention = model.attention
-        self.sync(model)
-
-    @torch.no_grad()
-    def sync(self, model: Innovator) -> None:
-        """Weights of the (sharded) trainer; every rank gathers every parameter in the same order."""
-        for p, own in zip(model.parameters(), self.model.parameters(), strict=True):
-            own.copy_(p.full_tensor() if isinstance(p, DTensor) else p)
-
-    def generate(self, prompts: list[Doc], seed: int, c: Config, tok: Tokenizer) -> list[tuple[list[int], list[float]]]:
-        """Tokens and their log-probabilities of one response a prompt."""
-        pixels = [p.pixels for p in prompts if p.pixels is not None]
-        return self.model.generate(
-            [p.ids.tolist() for p in prompts],
-            normalise(torch.from_numpy(np.concatenate(pixels)).to(self.model.device), self.model.compute_dtype)
-            if pixels else None, [g for p in prompts for g in p.grids] or None, max_new_tokens=c.max_new_tokens,
-            temperature=c.temperature, stop_ids=(tok.im_end, tok.pad), seed=seed, logprobs=True)
 
 
 class Prompts:
     """Rows in an order that depends on the seed alone; a row that cannot be read is counted and left out."""
-    def __init__(self, c: Config, tok: Tokenizer):
-        self.c, self.tok, self.data, self.bad = c, tok, Dataset(c.data), 0
+    def __init__(self, c, tok: Tokenizer, longest: int):
+        self.c, self.tok, self.data, self.bad, self.longest = c, tok, Dataset(c.data), 0, longest
         self.limits = Limits(c.min_pixels, c.max_pixels, 0)
         if not len(self.data):
             raise UserError(f"{', '.join(c.data)}: no rows")
 
-    def draw(self, cursor: int, n: int, longest: int) -> tuple[list[tuple[dict, Doc]], int]:
-        """n prompts from the cursor on, and the cursor after them."""
+    def read(self, i: int) -> tuple[dict, Doc]:
+        row = self.data.row(i)
+        messages, images = row.parts[0]
+        if "answer_type" not in row.raw:
+            raise BadRow("no answer_type: rows need the columns of RL-172K")
+        asked = [m for m in messages if m["role"] != "assistant"]
+        if self.c.plain:
+            asked = [*asked[:-1], {"role": "user", "content": row.raw["problem"]}]
+        doc = encode(asked, images, self.tok, self.limits, generate=True)
+        if len(doc.ids) + self.c.max_new_tokens > self.longest:
+            raise BadRow(f"{len(doc.ids)} tokens and max_new_tokens exceed the context {self.longest}")
+        return row.raw | {"id": row.id}, doc
+
+    def draw(self, cursor: int, n: int, share: int, shares: int) -> tuple[list[tuple[dict, Doc]], int]:
+        """n prompts from the cursor on, every shares-th of the order; and the cursor after them."""
         out, misses = [], 0
         while len(out) < n:
-            epoch, at = divmod(cursor, len(self.data))
-            i, cursor = int(permutation(self.c.seed, len(self.data), epoch)[at]), cursor + 1
+            epoch, at = divmod(cursor + share, len(self.data))
+            i, cursor = int(permutation(self.c.seed, len(self.data), epoch)[at]), cursor + shares
             try:
-                row = self.data.row(i)
-                messages, images = row.parts[0]
-                if "answer_type" not in row.raw:
-                    raise BadRow("no answer_type: rows need the columns of RL-172K")
-                asked = [m for m in messages if m["role"] != "assistant"]
-                if self.c.plain:
-                    asked = [*asked[:-1], {"role": "user", "content": row.raw["problem"]}]
-                doc = encode(asked, images, self.tok, self.limits, generate=True)
-                if len(doc.ids) + self.c.max_new_tokens > longest:
-                    raise BadRow(f"{len(doc.ids)} tokens and max_new_tokens exceed the model's context {longest}")
-                out.append((row.raw | {"id": row.id}, doc))
+                out.append(self.read(i))
             except BadRow as e:
                 self.bad, misses = self.bad + 1, misses + 1
                 if misses > max(100, len(self.data) // 10):
@@ -231,29 +250,38 @@ class Prompts:
         return out, cursor
 
 
-def roll_out(c: Config, engine, drawn: list, tok: Tokenizer, seed: int) -> list[Response]:
+def make_engine(c, config, dtype, device, out: Path):
+    """The engine that --engine names, without weights."""
+    given = (config, dtype, device, c.attention, c.replay == "engine")
+    if c.engine == "torch":
+        return engines.TorchEngine(*given, batch=c.rollout_batch)
+    return engines.VllmEngine(*given, context=c.context or config.max_position_embeddings, memory=c.engine_memory,
+                              tp=c.tp, eager=c.eager, seed=c.seed, out=out)
+
+
+def roll_out(c, engine, drawn: list, tok: Tokenizer, seed: int, between=lambda: None) -> list[Response]:
     """G responses for every prompt of this rank."""
-    order = [k for k in range(len(drawn)) for _ in range(c.group)]
-    out = []
-    for start in range(0, len(order), c.rollout_batch):
-        part = order[start:start + c.rollout_batch]
-        got = engine.generate([drawn[k][1] for k in part], seed + start, c, tok)
-        for k, ids, engine_logp in zip(part, *got):
-            prompt = drawn[k][1]
-            labels = np.concatenate([np.full(len(prompt.ids), -100), ids]).astype(np.int32)
-            doc = Doc(np.concatenate([prompt.ids, ids]).astype(np.int32), labels, prompt.grids, prompt.pixels)
-            ended = ids[-1] in (tok.im_end, tok.pad)
-            out.append(Response(k, doc, tok.decode(ids), np.array(engine_logp, dtype=np.float32), not ended))
+    out, sampling = [], engines.Sampling(c.max_new_tokens, (tok.im_end, tok.pad), c.temperature)
+    for k, own in enumerate(engine.generate([doc for _, doc in drawn], c.group, sampling, seed, between)):
+        prompt = drawn[k][1]
+        for one in own:
+            labels = np.concatenate([np.full(len(prompt.ids), -100), one.ids]).astype(np.int32)
+            doc = Doc(np.concatenate([prompt.ids, one.ids]).astype(np.int32), labels, prompt.grids, prompt.pixels)
+            fine = bool(np.isfinite(one.logp).all())
+            out.append(Response(k, doc, tok.decode(one.ids), one.logp if fine else np.zeros_like(one.logp),
+                                one.ids[-1] not in sampling.stop_ids, one.experts,
+                                error="" if fine else NOT_FINITE))
     return out
 
 
-def verify(c: Config, verifiers: rewards.Verifiers, responses: list[Response], drawn: list) -> None:
+def verify(c, verifiers: rewards.Verifiers, responses: list[Response], drawn: list) -> None:
     """Fills in rewards: 0.1 format + 0.9 accuracy, less the punishment of overlong responses. A response whose verifier
-    raised or ran out of time gets the mean of the others of its group, carries no loss and is counted."""
+    raised or ran out of time, or that the engine spoilt, gets the mean of the others of its group, carries no loss and
+    is counted."""
     items = [dict(response=r.text, gold=drawn[r.prompt][0]["answer"], answer_type=drawn[r.prompt][0]["answer_type"])
              for r in responses]
     for r, result in zip(responses, verifiers.score_many(items, c.verify_seconds)):
-        r.error, r.accuracy = result.error or "", result.accuracy or 0.0
+        r.error, r.accuracy = r.error or result.error or "", result.accuracy or 0.0
         r.reward = (result.reward or 0.0) + overlong_punishment(len(r.engine), c.max_new_tokens, c.overlong)
     for start in range(0, len(responses), c.group):
         own = responses[start:start + c.group]
@@ -274,6 +302,7 @@ class Batch:
     advantage: torch.Tensor  # [N]
     mask: torch.Tensor  # [N] 0: no loss
     engine: torch.Tensor  # [N]
+    chosen: torch.Tensor | None = None  # [L, T, k] best experts under the old policy
     old: torch.Tensor | None = None  # [N]
     first: torch.Tensor | None = None  # [N] under the first model, with kl
 
@@ -285,15 +314,25 @@ def micro_batches(c: Config, responses: list[Response], model: Innovator, tok: T
     most = torch.tensor(len(packs))
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
     packs += [np.zeros(0, np.int64)] * (int(most) - len(packs))
+    config = model.config
+    names = config.expert_groups if config.num_experts else None
     out = []
     for p in packs:
         some = [responses[k] for k in np.sort(p)]
-        data = collate([r.doc for r in some], tok.pad, tok.image_pad, 0, "token", model.config.vision is not None)
+        data = collate([r.doc for r in some], tok.pad, tok.image_pad, 0, "token", config.vision is not None)
         n = np.array([len(r.engine) for r in some], dtype=np.int64)
         keep = [0.0 if r.error or c.mask_truncated and r.truncated else 1.0 for r in some]
         spread = lambda x: torch.from_numpy(np.repeat(np.array(x, dtype=np.float32), n)).to(device)
+        pack = to_device(data, device, model.impl, model.mixed_dtype, names)
+        if c.replay == "engine":  # the last token of a response was never read
+            experts = np.full((len(data.ids), config.num_hidden_layers, config.num_experts_per_tok), -1, np.int16)
+            start = 0
+            for r in some:
+                experts[start:start + len(r.experts)] = r.experts
+                start += len(r.doc.ids)
+            pack.experts = torch.from_numpy(experts).to(device).transpose(0, 1)
         out.append(Batch(
-            to_device(data, device, model.impl, model.mixed_dtype), sum(keep), float(n @ np.array(keep)),
+            pack, sum(keep), float(n @ np.array(keep)),
             torch.from_numpy(np.repeat(np.arange(len(some)), n)).to(device), torch.from_numpy(n).float().to(device),
             spread([r.advantage for r in some]), spread(keep),
             torch.from_numpy(np.concatenate([r.engine for r in some] + [np.zeros(0, np.float32)])).to(device)))
@@ -301,10 +340,23 @@ def micro_batches(c: Config, responses: list[Response], model: Innovator, tok: T
 
 
 @torch.no_grad()
-def recompute_old(model, batches: list[Batch], c: Config, field: str) -> None:
-    """log p of every response token at the sampling temperature, under this model as it is now."""
+def recompute_old(model, batches: list[Batch], c: Config) -> dict:
+    """log p of every response token at the sampling temperature under this model as it is now, and the experts that it
+    would choose. -> how these differ from the engine's, if it tells them"""
+    sums = torch.zeros(4, dtype=torch.float64, device=batches[0].mask.device)
     for b in batches:
-        setattr(b, field, model(b.pack, entropy=False, temperature=c.temperature)[0])
+        b.old, _, routing = model(b.pack, entropy=False, temperature=c.temperature)
+        if routing:
+            b.chosen = routing[2]
+            if c.replay == "engine":
+                sums += rerouted(b.chosen, b.pack.experts)
+            elif c.replay == "old":
+                b.pack.experts = b.chosen
+    if c.replay != "engine":
+        return {}
+    dist.all_reduce(sums)
+    pairs, of_pairs, tokens, of_tokens = sums.tolist()
+    return {"engine_routers": pairs / max(of_pairs, 1), "engine_rerouted": tokens / max(of_tokens, 1)}
 
 
 def update(c: Config, model, optimizer, batches: list[Batch], lr: float) -> dict:
@@ -316,11 +368,11 @@ def update(c: Config, model, optimizer, batches: list[Batch], lr: float) -> dict
     responses, tokens = counts.tolist()
     below = max(denominator(c.reduce, responses, tokens, c.max_new_tokens), 1)
     sums = torch.zeros(6, dtype=torch.float64, device=device)  # loss, clipped, entropy, ratio, k3 to first, kept by cap
-    top = torch.zeros((), device=device)
+    moved, load, top = torch.zeros(4, dtype=torch.float64, device=device), None, torch.zeros((), device=device)
     for b in batches:
-        logp, entropy, _ = model(b.pack, entropy=True, temperature=c.temperature)
+        logp, entropy, routing = model(b.pack, entropy=True, temperature=c.temperature)
         loss, clipped = policy_loss(c.loss, logp, b.old, b.advantage, b.sequence, b.lengths, c.low, c.high)
-        weight = correction_weight(b.old, b.engine, c.correction, c.cap)
+        weight = correction_weight(b.old, b.engine, c.correction, c.cap, b.sequence, b.lengths)
         loss = loss * weight
         k3 = torch.zeros_like(logp)
         if b.first is not None:
@@ -332,10 +384,15 @@ def update(c: Config, model, optimizer, batches: list[Batch], lr: float) -> dict
         sums += torch.stack([total.detach().double(), *((x.detach() * b.mask).sum().double() for x in (
             clipped.float(), entropy, ratio, k3, (weight > 0).float()))])
         top = torch.maximum(top, (ratio * b.mask).max()) if len(ratio) else top
+        if routing:
+            moved += rerouted(routing[2], b.chosen)
+            load = routing[1] if load is None else load + routing[1]
     norm = common.clip_gradients([p for p in model.parameters() if p.requires_grad], c.clip)
     dist.all_reduce(sums)
+    dist.all_reduce(moved)
     dist.all_reduce(top, op=dist.ReduceOp.MAX)
-    norm, top, loss, *per_token = torch.cat([torch.stack([norm, top]).double(), sums]).tolist()  # one wait
+    norm, top, *rest = torch.cat([torch.stack([norm, top]).double(), moved, sums]).tolist()  # one wait
+    pairs, of_pairs, rerouted_tokens, of_tokens, loss, *per_token = rest
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise UserError(f"loss {loss} or gradient norm {norm} is not finite; nothing was updated. Lower --lr, "
                         "or go on from the last checkpoint with --resume")
@@ -344,8 +401,14 @@ def update(c: Config, model, optimizer, batches: list[Batch], lr: float) -> dict
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     names = ("clip_share", "entropy", "ratio_mean", "kl_first", "corrected_kept")
-    return {"loss": loss, "grad_norm": norm, "ratio_max": top,
-            **{k: v / max(tokens, 1) for k, v in zip(names, per_token)}}
+    row = {"loss": loss, "grad_norm": norm, "ratio_max": top,
+           **{k: v / max(tokens, 1) for k, v in zip(names, per_token)}}
+    if load is None:
+        return row
+    dist.all_reduce(load)
+    load = moe.load_statistics(load, model.config.expert_groups)
+    return row | {"old_routers": pairs / max(of_pairs, 1), "old_rerouted": rerouted_tokens / max(of_tokens, 1),
+                  "load_max": load["load_max"], "load_entropy": load["load_entropy"]}
 
 
 def gap(batches: list[Batch]) -> dict:
@@ -361,18 +424,23 @@ def gap(batches: list[Batch]) -> dict:
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
-def collect(c: Config, engine, prompts: Prompts, verifiers, cursor: int, step: int, tok, longest: int):
-    """Responses of the step's prompts, groups of equal rewards replaced up to --refill times. Every rank decides on its
-    own part, and all go on while one of them still needs prompts. -> responses, rows, counts, cursor"""
-    need, kept, rows, counts = c.prompts // world(), [], [], {"groups": 0, "equal": 0, "responses": 0}
+def collect(c: Config, engine, prompts: Prompts, verifiers, cursor: int, step: int, tok, share: int, shares: int,
+            between=lambda: None):
+    """Responses to this rank's share of the step's prompts, groups of equal rewards replaced up to --refill times. All
+    ranks of the group go on while one of them still needs prompts. -> responses, rows, counts, cursor"""
+    need, kept, rows, counts = c.prompts // shares, [], [], {"groups": 0, "equal": 0, "responses": 0}
     for attempt in range(c.refill + 1):
-        missing = torch.tensor(max(need - len(rows), 0))
+        missing = torch.tensor([max(need - len(rows), 0), cursor])
         dist.all_reduce(missing, op=dist.ReduceOp.MAX)
-        if not int(missing):
+        missing, cursor = missing.tolist()
+        if not missing:
             break
-        drawn, cursor = prompts.draw(cursor, int(missing) * world(), longest)
-        drawn = drawn[rank()::world()]
-        responses = roll_out(c, engine, drawn, tok, (c.seed * 1_000_003 + step * 1009 + attempt) * 8191 + rank())
+        drawn, cursor = prompts.draw(cursor, missing, share, shares)
+        responses = roll_out(c, engine, drawn, tok, (c.seed * 1_000_003 + step * 1009 + attempt) * 8191 + share, between)
+        spoilt = sum(r.error == NOT_FINITE for r in responses)
+        if responses and spoilt == len(responses):
+            raise UserError(f"{NOT_FINITE} in all {spoilt} responses of step {step + 1}: the weights or the engine's "
+                            "precision are broken; go on from the last checkpoint with --resume")
         verify(c, verifiers, responses, drawn)
         counts["responses"] += len(responses)
         for k, (row, _) in enumerate(drawn):
@@ -383,7 +451,9 @@ def collect(c: Config, engine, prompts: Prompts, verifiers, cursor: int, step: i
                 for r in own:
                     r.prompt = len(rows)
                 kept, rows = kept + own, [*rows, row]
-    return kept, rows, counts, cursor
+    cursor = torch.tensor(cursor)
+    dist.all_reduce(cursor, op=dist.ReduceOp.MAX)
+    return kept, rows, counts, int(cursor)
 
 
 def assign_advantages(c: Config, responses: list[Response], step: int) -> None:
@@ -397,9 +467,46 @@ def assign_advantages(c: Config, responses: list[Response], step: int) -> None:
         r.advantage = a
 
 
-def write_rollouts(out: Path, step: int, responses: list[Response], rows: list[dict]) -> None:
+def generate_ahead(c: Config, link, engine, config, dtype, tok, number: int, step: int, cursor: int) -> None:
+    """The life of a rank that only generates: batches for step, step + 1, ... until the trainers are done."""
+    first, prompts = step, Prompts(c, tok, c.context or config.max_position_embeddings)
+    alive = common.watchdog(c.patience, f"the engine of rollout rank {number}")
+
+    def between():
+        alive()
+        link.poll(engine, config, dtype)
+    with rewards.Verifiers(c.verifiers) as verifiers:
+        try:
+            while True:
+                between()
+                version = first + link.version - 1  # the first ones that come are those that training began with
+                if not link.version or step >= c.steps or step - version > c.staleness:
+                    time.sleep(0.01)
+                    continue
+                batch = collect(c, engine, prompts, verifiers, cursor, step, tok, number, c.rollout_ranks, between)
+                cursor = batch[-1]
+                link.put(step, (*batch, version, prompts.bad))
+                step += 1
+        except engines.Finished:
+            pass
+
+
+def taken(c: Config, batches: list) -> tuple:
+    """This trainer's share of what the generating ranks made for a step: every world()-th group."""
+    responses, rows, counts, cursor = [], [], {"groups": 0, "equal": 0, "responses": 0}, 0
+    groups = [(own[k * c.group:(k + 1) * c.group], row) for own, asked, *_ in batches for k, row in enumerate(asked)]
+    for k, (own, row) in enumerate(groups[rank()::world()]):
+        for r in own:
+            r.prompt = k
+        responses, rows = responses + own, [*rows, row]
+    for _, _, some, its_cursor, *_ in batches if is_rank0() else ():  # counted once
+        counts, cursor = {k: counts[k] + some[k] for k in counts}, max(cursor, its_cursor)
+    return responses, rows, counts, cursor
+
+
+def write_rollouts(file: Path, step: int, responses: list[Response], rows: list[dict]) -> None:
     """The best and the worst response of the step's first two prompts, to be read by a person."""
-    with open(out / "rollouts.txt", "a") as f:
+    with open(file, "a") as f:
         for k, row in list(enumerate(rows))[:2]:
             own = sorted((r for r in responses if r.prompt == k), key=lambda r: r.reward)
             f.write(f"==== step {step}, {row['id']}: {row['problem']}\n     right: {row['answer']}\n")
@@ -407,86 +514,163 @@ def write_rollouts(out: Path, step: int, responses: list[Response], rows: list[d
                 f.write(f"---- reward {r.reward:.2f}, {len(r.engine)} tokens{', truncated' * r.truncated}\n{r.text}\n")
 
 
+def trim_rollouts(file: Path, step: int) -> None:
+    """Forgets the steps after a checkpoint that a run goes on from."""
+    if file.exists():
+        steps = re.split(r"^(?===== step \d+,)", file.read_text(), flags=re.M)
+        file.write_text("".join(s for s in steps if int((re.match(r"==== step (\d+)", s) or [0, 0])[1]) <= step))
+
+
+def summed(table: dict) -> dict:
+    """The sums over ranks of {name: [number, number]}."""
+    tables = [None] * world()
+    dist.all_gather_object(tables, table)
+    return {k: np.sum([t[k] for t in tables if k in t], axis=0).tolist() for k in sorted(set().union(*tables))}
+
+
+def now(device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def main() -> None:
-    c = common.parse(Config, doc=__doc__)
-    device = common.init_distributed()
-    assert c.prompts % world() == 0, f"--prompts {c.prompts} does not divide over {world()} ranks"
+    with contextlib.ExitStack() as closing:
+        train(common.parse(Config, doc=__doc__), closing)
+
+
+def train(c: Config, closing: contextlib.ExitStack) -> None:
+    out, ranks = Path(c.out), int(os.environ.get("WORLD_SIZE", 1))
+    if c.engine == "vllm-server":
+        c.rollout_ranks = c.rollout_ranks or ranks // 2
+        assert c.rollout_ranks, "--engine vllm-server needs two ranks or more: torchrun --nproc-per-node 2 train_rl.py ..."
+    trainers, link, number = ranks - c.rollout_ranks, None, int(os.environ.get("RANK", 0))
+    assert trainers > 0, f"--rollout-ranks {c.rollout_ranks} of {ranks} ranks leaves none to train"
+    for name, many in (("ranks that train", trainers), ("ranks that generate", c.rollout_ranks or trainers)):
+        assert c.prompts % many == 0, f"--prompts {c.prompts} does not divide over {many} {name}"
+    device, store = common.init_apart(trainers) if c.rollout_ranks else (common.init_distributed(), None)
     if c.threads:
         torch.set_num_threads(c.threads)
-    out, step, cursor, updates, resumed = Path(c.out), 0, 0, 0, common.latest(c.out)
+    step, cursor, updates, resumed = 0, 0, 0, common.latest(c.out)
     if resumed and not c.resume:
         raise UserError(f"{out} already holds {resumed.name}: go on with --resume, or choose another --out")
-    sft = train_sft.Config(stage="pretrain", model=str(resumed or checkpoint_folder(c.model)), data=c.data, out=c.out,
-                           trainable=c.trainable, lr=c.lr, min_lr=0.0, weight_decay=c.weight_decay, beta2=c.beta2,
-                           eps=1e-8, seq_len=1, dtype=c.dtype if c.dtype != "auto" else
-                           "bf16" if device.type == "cuda" else "fp32", attention=c.attention, recompute=c.recompute,
-                           compile=False, seed=c.seed)
+    source = str(resumed or checkpoint_folder(c.model))
+    sft = train_sft.Config(stage="pretrain", model=source, data=c.data, out=c.out, trainable=c.trainable, lr=c.lr,
+                           min_lr=0.0, weight_decay=c.weight_decay, beta2=c.beta2, eps=1e-8, seq_len=1,
+                           dtype=c.dtype if c.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32",
+                           attention=c.attention, recompute=c.recompute, compile=False, seed=c.seed)
+    config, dtype = config_of(source), {"bf16": torch.bfloat16, "fp32": torch.float32}[sft.dtype]
+    assert c.replay == "none" or config.num_experts, f"--replay {c.replay}: {c.model} has no experts"
+    if c.rollout_ranks:
+        trainer = json.loads((resumed / "trainer.json").read_text()) if resumed else {"step": 0, "cursor": 0}
+        link = engines.Link(store, out, number < trainers, number if number < trainers else number - trainers, trainers,
+                            c.rollout_ranks, device, c.patience)
+        if number >= trainers:
+            tok = Tokenizer(source)
+            config.token_ids = tok.token_ids()
+            engine = closing.enter_context(contextlib.closing(make_engine(c, config, dtype, device, out)))
+            return generate_ahead(c, link, engine, config, dtype, tok, number - trainers, trainer["step"],
+                                  trainer["cursor"])
+    engine = None if link else closing.enter_context(contextlib.closing(make_engine(c, config, dtype, device, out)))
     model, tok = train_sft.build(sft, device)
     optimizer = train_sft.adamw(model, sft)
-    longest = model.config.max_position_embeddings
     if resumed:
         trainer = common.load_state(model, optimizer, resumed)
         step, cursor, updates = trainer["step"], trainer["cursor"], trainer["updates"]
         print0(f"resumed from {resumed} at step {step}")
-    engine, prompts, verifiers = TorchEngine(model, device), Prompts(c, tok), rewards.Verifiers(c.verifiers)
+    if link:
+        link.publish(model, dtype)
+    else:
+        engine.load(gathered(model, dtype))
+    prompts = Prompts(c, tok, c.context or config.max_position_embeddings)
+    verifiers = None if link else closing.enter_context(rewards.Verifiers(c.verifiers))
     first = None
     if c.kl:
-        first = Innovator.from_pretrained(c.model, model.mixed_dtype, device, c.attention)
-        first.mixed_dtype = model.mixed_dtype
+        first = Innovator.from_pretrained(c.model, dtype, device, c.attention)
     print0(f"{c.recipe}: {c.model}, {sum(p.numel() for p in model.parameters()):,} parameters; {world()} x "
-           f"{device.type}, {sft.dtype}, attention {model.impl}, engine torch")
+           f"{device.type}, {sft.dtype}, attention {model.impl}, engine {c.engine}"
+           + (f" on {c.rollout_ranks} ranks of its own" if link else ""))
     print0("config:", json.dumps(asdict(c)), "commit:", common.commit())
     log = common.Log(out, step)
     if is_rank0():
         common.write_json(out / "run.json", {"config": asdict(c), "commit": common.commit()})
+        trim_rollouts(out / "rollouts.txt", step)
+    alive = common.watchdog(c.patience, "the run")
     asked, stop = common.on_sigterm(), False
     bar = tqdm(total=c.steps, initial=step, desc=c.recipe, disable=None if is_rank0() else True)
     while step < c.steps and not stop:
-        t0 = time.perf_counter()
-        responses, rows, counts, cursor = collect(c, engine, prompts, verifiers, cursor, step, tok, longest)
+        t0 = now(device)
+        if link:
+            made = link.take(step, asked, alive)
+            if made is None:
+                break
+            responses, rows, counts, cursor = taken(c, made)
+            row = {"staleness": step - sum(b[4] for b in made) / len(made), "bad_rows": sum(b[5] for b in made)}
+        else:
+            responses, rows, counts, cursor = collect(c, engine, prompts, verifiers, cursor, step, tok, rank(), world(),
+                                                      alive)
+            engine.sleep()
+            row = {"bad_rows": prompts.bad}
         assign_advantages(c, responses, step)
-        t1 = time.perf_counter()
+        t1 = now(device)
+        alive()
         # neighbours, so that groups stay together; a rank whose part is empty still runs empty micro-batches
         ends = [len(responses) * k // c.updates for k in range(c.updates + 1)]
         parts = [micro_batches(c, responses[a:b], model, tok, device) for a, b in zip(ends, ends[1:])]
         parts = [p for p in parts if p]
-        every = [b for p in parts for b in p]
-        recompute_old(model, every, c, "old")
-        if first is not None:
-            recompute_old(first, every, c, "first")
-        row = gap(every) if every else {}
-        stats = []
+        every, stats = [b for p in parts for b in p], []
+        if every:
+            row |= recompute_old(model, every, c) | gap(every)
+            if first is not None:
+                with torch.no_grad():
+                    for b in every:
+                        b.first, _, _ = first(b.pack, entropy=False, temperature=c.temperature)
         for part in parts:
             updates += 1
             stats.append(update(c, model, optimizer, part, c.lr * min(1.0, updates / max(c.warmup, 1))))
-        t2 = time.perf_counter()
-        engine.sync(model)
-        t3 = time.perf_counter()
+            alive()
+        t2 = now(device)
         step += 1
+        if not link:
+            engine.load(gathered(model, dtype))
+        elif step < c.steps:
+            link.publish(model, dtype)
+        t3 = now(device)
         sums = torch.tensor([sum(r.reward for r in responses), sum(r.accuracy for r in responses),
                              sum(len(r.engine) for r in responses), sum(r.truncated for r in responses),
-                             sum(bool(r.error) for r in responses), len(responses), *counts.values(),
-                             float(bool(asked))],
-                            dtype=torch.float64)
+                             sum(bool(r.error) for r in responses), sum(r.error == NOT_FINITE for r in responses),
+                             len(responses), *counts.values(), float(bool(asked))], dtype=torch.float64)
         dist.all_reduce(sums)
-        reward, accuracy, tokens, truncated, errors, n, groups, equal, made, stopping = sums.tolist()
+        if link and is_rank0():
+            link.drop(step - 1)
+        reward, accuracy, tokens, truncated, errors, spoilt, n, groups, equal, made, stopping = sums.tolist()
         stop = stopping > 0
+        types = {}
+        for r in responses:
+            total = types.setdefault(rows[r.prompt]["answer_type"], [0, 0])
+            total[0], total[1] = total[0] + r.reward, total[1] + 1
         row = {"step": step, "reward": reward / max(n, 1), "accuracy": accuracy / max(n, 1),
-               "length": tokens / max(n, 1), "truncated": truncated / max(n, 1), "verifier_errors": int(errors),
-               "responses": int(n), "made": int(made), "equal_groups": equal / max(groups, 1), "bad_rows": prompts.bad,
+               "by_type": {k: total / count for k, (total, count) in summed(types).items()},
+               "length": tokens / max(n, 1), "truncated": truncated / max(n, 1),
+               "verifier_errors": int(errors - spoilt), "engine_errors": int(spoilt), "responses": int(n),
+               "made": int(made), "equal_groups": equal / max(groups, 1),
                "lr": c.lr * min(1.0, updates / max(c.warmup, 1)), **row,
                **{k: sum(s[k] for s in stats) / len(stats) for k in (stats[0] if stats else ())},
                "generate_s": t1 - t0, "train_s": t2 - t1, "sync_s": t3 - t2, "tok_s": tokens / (t3 - t0)}
+        if device.type == "cuda":
+            row["peak_gb"] = torch.cuda.max_memory_allocated(device) / 2 ** 30
         log.write(row)
         if is_rank0():
-            write_rollouts(out, step, responses, rows)
+            write_rollouts(out / "rollouts.txt", step, responses, rows)
         bar.set_postfix_str(f"reward {row['reward']:.3f} accuracy {row['accuracy']:.3f} length {row['length']:.0f} "
-                            f"equal {row['equal_groups']:.2f}" + (f" verifier errors {int(errors)}" if errors else ""))
+                            f"equal {row['equal_groups']:.2f}" + (f" errors {int(errors)}" if errors else ""))
         bar.update()
         if step % c.save_every == 0 or step == c.steps or stop:
             train_sft.save(c, model, optimizer, step, {"cursor": cursor, "updates": updates})
+        alive()
     bar.close()
-    verifiers.close()
+    if link and is_rank0():
+        link.finish()
     if is_rank0():
         picture = common.plot_metrics(out, ("reward", "length", "entropy", "gap_mean")) if step else ""
         print(f"wrote {common.latest(out)}, {out / 'metrics.jsonl'}, {out / 'rollouts.txt'}, {picture}")

@@ -365,21 +365,26 @@ def from_qwen2_moe(name: str, tensor: torch.Tensor):
         yield name, tensor / 2 if name.endswith(".mlp.shared_expert.down_proj.weight") else tensor
 
 
+def why_not_qwen2_moe(config: ModelConfig) -> str | None:
+    """Why a model cannot take the form of Qwen2-MoE, or None."""
+    if not config.num_experts:
+        return "it has no experts"
+    if config.vision is not None:
+        return "it has a vision tower, which Qwen2-MoE has not; upcycle its decoder alone"
+    if config.qk_norm or not config.qkv_bias:
+        return ("it was made from Qwen3, and no released architecture has Qwen3's attention with a shared expert. Ways "
+                "out: use it with chat.py and evaluate.py as it is; make one discipline a dense Qwen3 with upcycle.py "
+                "merge; or upcycle a Qwen2.5 model")
+    if not config.shared_expert_intermediate_size or config.shared_expert_gate:
+        return "it has no ungated shared expert"
+
+
 def convert(source: str, out: str, to_qwen2: bool) -> None:
     tensors, config = Tensors(source), config_of(source)
-    why = None
-    if not config.num_experts:
-        why = "it has no experts"
-    elif config.vision is not None:
-        why = "it has a vision tower, which Qwen2-MoE has not; upcycle its decoder alone"
-    elif to_qwen2 and (config.qk_norm or not config.qkv_bias):
-        why = ("it was made from Qwen3, and no released architecture has Qwen3's attention with a shared expert. Ways "
-               "out: use it with chat.py and evaluate.py as it is; make one discipline a dense Qwen3 with upcycle.py "
-               "merge; or upcycle a Qwen2.5 model")
-    elif to_qwen2 and (not config.shared_expert_intermediate_size or config.shared_expert_gate):
-        why = "it has no ungated shared expert"
-    elif not to_qwen2 and not config.shared_expert_gate:
-        why = "it is not in the Qwen2-MoE form"
+    if to_qwen2:
+        why = why_not_qwen2_moe(config)
+    else:
+        why = None if config.num_experts and config.shared_expert_gate else "it is not in the Qwen2-MoE form"
     if why:
         raise UserError(f"{source} cannot be {'exported' if to_qwen2 else 'imported'}: {why}")
     one = to_qwen2_moe if to_qwen2 else from_qwen2_moe

@@ -52,7 +52,7 @@ def test_grouped_experts_equal_the_loop(kind, T, E, k, normalise):
     leaves = [torch.randn(T, 32), torch.randn(E, 48, 32) / 5, torch.randn(E, 32, 24) / 5, logits]
     leaves, g, found = [v.requires_grad_() for v in leaves], torch.randn(T, 32), []
     for experts in (moe.loop_experts, moe._GroupedExperts.apply, moe._GroupedExperts.apply):
-        chosen = moe.choose_experts(leaves[3], k, normalise)
+        chosen = moe.choose_experts(leaves[3], k, normalise)[:2]
         out = experts(*leaves[:3], *chosen)
         found.append([out, *torch.autograd.grad(out, leaves, g)])
     loads = chosen[1].flatten().bincount(minlength=E)
@@ -67,7 +67,7 @@ def test_grouped_experts_equal_the_loop(kind, T, E, k, normalise):
 def test_choice_is_softmax_over_all_then_top_k(normalise):
     torch.manual_seed(0)
     logits, g = (3 * torch.randn(50, 16)).requires_grad_(), torch.randn(50, 4)
-    weights, experts = moe.choose_experts(logits, 4, normalise)
+    weights, experts, _ = moe.choose_experts(logits, 4, normalise)
     p, best = logits.softmax(-1).topk(4)
     p = p / p.sum(-1, keepdim=True) if normalise else p
     assert torch.equal(experts, best)
@@ -82,7 +82,7 @@ def test_experts_keep_inputs_and_one_product_for_the_backward_pass(dtype):
     for p in layer.parameters():
         torch.nn.init.normal_(p, 0, 0.2)
     x = torch.randn(T, D, dtype=dtype, requires_grad=True)
-    weights, experts = moe.choose_experts(torch.randn(T, E, requires_grad=True), k, True)
+    weights, experts, _ = moe.choose_experts(torch.randn(T, E, requires_grad=True), k, True)
     own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
 
     def pack(t):
@@ -105,13 +105,13 @@ def main():
         torch.manual_seed(0)
         x, logits, g = torch.randn(2, 12, 16), torch.randn(2, 12, 4) + torch.tensor(bias), torch.randn(2, 12, 16)
         leaves = [v.requires_grad_() for v in (x, logits, torch.randn(4, 32, 16) / 4, torch.randn(4, 16, 16) / 4)]
-        chosen = moe.choose_experts(logits.flatten(0, 1), 2, True)
+        chosen = moe.choose_experts(logits.flatten(0, 1), 2, True)[:2]
         want = moe.loop_experts(x.flatten(0, 1), *leaves[2:], *chosen).view(2, 12, 16)
         grads = [v[r] if k < 2 else v[2 * r:2 * r + 2] for k, v in enumerate(torch.autograd.grad(want, leaves, g))]
         mine = moe.Experts(2, 16, 16)
         mine.gate_up_proj.data, mine.down_proj.data = (v[2 * r:2 * r + 2].detach() for v in leaves[2:])
         mine.group = dist.group.WORLD
-        got = mine(x[r], *moe.choose_experts(logits[r], 2, True))
+        got = mine(x[r], *moe.choose_experts(logits[r], 2, True)[:2])
         again = torch.autograd.grad(got, [x, logits, mine.gate_up_proj, mine.down_proj], g[r])
         for a, b in zip([want[r], *grads], [got, again[0][r], again[1][r], *again[2:]]):
             assert (a - b).abs().max() <= 1e-5, (bias, (a - b).abs().max())

