@@ -224,7 +224,7 @@ def test_routers_alone_learn_from_their_own_layer(recompute):
         train_sft.prepare_blocks(model, recompute, False)
         gates = [block.mlp.gate.weight for block in model.model.layers]
         for layer in range(2):
-            loss, _, (losses, _) = model(labelled_pack(model))
+            loss, _, (losses, *_) = model(labelled_pack(model))
             found.append(torch.autograd.grad(losses[layer].sum(), gates, materialize_grads=True))
             assert loss.requires_grad != alone
     whole0, whole1, own0, own1 = found
