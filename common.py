@@ -131,7 +131,8 @@ def init_apart(trainers: int) -> tuple[torch.device, dist.Store]:
     trains = number < trainers
     if not trains:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(many)))).split(",")
-        os.environ |= dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", CUDA_VISIBLE_DEVICES=(visible + [""] * many)[local])
+        own = (visible + [""] * many)[local]
+        os.environ |= dict(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", CUDA_VISIBLE_DEVICES=own)
         local = 0
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local) if cuda else torch.device("cpu")

@@ -6,8 +6,8 @@
     engine.sleep()                                      # GPU memory back to the trainer until the next load
 
 TorchEngine is the reference and needs nothing. VllmEngine gives vLLM the decoder alone, under the names of a released
-architecture (Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE); prompts with pictures reach it as embeddings that vision.py and a copy
-of the embedding table make here. It never reads a checkpoint: it starts from a config.json with random weights, and
+architecture (Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE); prompts with pictures reach it as embeddings that vision.py and a
+copy of the embedding table make here. It never reads a checkpoint: it starts from a config.json with random weights and
 load() streams the trainer's into it, parameter by parameter.
 
 Link connects ranks that train with ranks that only generate (disaggregated, asynchronous): weights travel by NCCL or
@@ -152,8 +152,9 @@ class VllmEngine:
                 file = self.out / f"engine_error.rank_{rank()}.txt"
                 file.write_text(traceback.format_exc())
                 where = f" (its traceback: {file})"
-            raise UserError(f"vLLM failed: {type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"
-                            f"{where}; go on from the last checkpoint with --resume") from None
+            said = (str(e).strip().splitlines() or [""])[0]
+            raise UserError(f"vLLM failed: {type(e).__name__}: {said}{where}; go on from the last checkpoint with "
+                            "--resume") from None
 
     @torch.no_grad()
     def load(self, named) -> None:
@@ -238,8 +239,8 @@ class Finished(Exception):
 
 
 class Link:
-    """Between `trainers` training ranks and `rollouts` generating ones. number: this rank's place among its kind."""
-    def __init__(self, store, out: Path, trains: bool, number: int, trainers: int, rollouts: int, device, patience: float):
+    """Between training ranks and `rollouts` generating ones. number: this rank's place among its kind."""
+    def __init__(self, store, out: Path, trains: bool, number: int, rollouts: int, device, patience: float):
         self.store, self.queue, self.number, self.rollouts = store, out / "queue", number, rollouts
         self.patience, self.device, self.version, self.weights = patience, device, 0, None
         if trains and number == 0:
@@ -278,8 +279,8 @@ class Link:
                 if asked:
                     return None
                 if time.monotonic() - began > self.patience:
-                    raise UserError(f"rollout rank {r} made no batch for step {step + 1} within {self.patience:g} s: its "
-                                    "engine hangs, or --patience is too short; go on with --resume")
+                    raise UserError(f"rollout rank {r} made no batch for step {step + 1} within {self.patience:g} s: "
+                                    "its engine hangs, or --patience is too short; go on with --resume")
                 time.sleep(0.01)
                 alive()
             out.append(pickle.loads(file.read_bytes()))

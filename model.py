@@ -499,7 +499,8 @@ class Innovator(nn.Module):
     def _choices(read, prompts, new):
         """The experts of every token that generate read, one array a continuation."""
         of_prompts = read[0].cpu().split([len(p) for p in prompts])
-        later = torch.stack(read[1:], 1).cpu() if len(read) > 1 else read[0].new_empty(len(new), 0, *read[0].shape[1:]).cpu()
+        none = read[0].new_empty(len(new), 0, *read[0].shape[1:])
+        later = (torch.stack(read[1:], 1) if len(read) > 1 else none).cpu()  # [B n, steps, L, k]
         return [torch.cat([of_prompts[b * len(prompts) // len(new)], later[b, :len(ids) - 1]]).numpy()
                 for b, ids in enumerate(new)]
 

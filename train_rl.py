@@ -1,7 +1,7 @@
 """Reinforcement learning with verifiable rewards: GSPO, GRPO, DAPO, Dr. GRPO, CISPO on text and pictures, dense or MoE.
 
     python train_rl.py --recipe gspo-paper --model runs/instruct --data toy/rl --out runs/rl
-    torchrun --nproc-per-node 8 train_rl.py --recipe dapo --engine vllm --model runs/instruct --data RL-172K --out runs/rl
+    torchrun --nproc-per-node 8 train_rl.py --recipe dapo --engine vllm --model runs/instruct --data RL-172K --out ...
     torchrun --nproc-per-node 8 train_rl.py --recipe upstream --engine vllm-server ...   # 4 GPUs generate, 4 train
 
 A step: draw prompts -> roll out G responses each -> verify them -> drop or refill groups without spread -> the
@@ -55,7 +55,7 @@ import train_sft
 from common import UserError, is_rank0, print0, rank, world
 from data import (BadRow, Dataset, Doc, Limits, Tokenizer, best_fit_decreasing, collate, encode, normalise, permutation,
                   to_device)
-from model import Innovator, checkpoint_folder, config_of, gathered
+from model import Innovator, checkpoint_folder, gathered
 
 RECIPES = {
     "gspo-paper": dict(loss="gspo", reduce="sequence", low=3e-4, high=4e-4, updates=4, lr=1e-6),
@@ -73,9 +73,10 @@ EVERY_RECIPE = dict(correction="none", cap=2.0, refill=0, overlong=0, mask_trunc
 @dataclass
 class Config:
     recipe: Literal["gspo-paper", "upstream", "grpo", "dapo", "dr-grpo", "cispo"]  # defaults of the fields with *
-    model: str  # checkpoint or run folder
+    model: str  # checkpoint or run folder; preset:NAME: random weights, to measure
     data: list[str]  # rows with the columns of RL-172K
     out: str  # folder of this run
+    tokenizer: str = ""  # folder of a tokenizer, for a preset
     loss: Literal["token", "gspo", "gspo-token", "cispo"] | None = None  # * loss of a token, see above
     reduce: Literal["sequence", "token", "constant"] | None = None  # * what sums the losses of tokens
     low: float | None = None  # * the ratio is clipped at 1 - low
@@ -436,7 +437,8 @@ def collect(c: Config, engine, prompts: Prompts, verifiers, cursor: int, step: i
         if not missing:
             break
         drawn, cursor = prompts.draw(cursor, missing, share, shares)
-        responses = roll_out(c, engine, drawn, tok, (c.seed * 1_000_003 + step * 1009 + attempt) * 8191 + share, between)
+        seed = (c.seed * 1_000_003 + step * 1009 + attempt) * 8191 + share
+        responses = roll_out(c, engine, drawn, tok, seed, between)
         spoilt = sum(r.error == NOT_FINITE for r in responses)
         if responses and spoilt == len(responses):
             raise UserError(f"{NOT_FINITE} in all {spoilt} responses of step {step + 1}: the weights or the engine's "
@@ -543,7 +545,7 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
     out, ranks = Path(c.out), int(os.environ.get("WORLD_SIZE", 1))
     if c.engine == "vllm-server":
         c.rollout_ranks = c.rollout_ranks or ranks // 2
-        assert c.rollout_ranks, "--engine vllm-server needs two ranks or more: torchrun --nproc-per-node 2 train_rl.py ..."
+        assert c.rollout_ranks, "--engine vllm-server needs two ranks or more: torchrun --nproc-per-node 2 ..."
     trainers, link, number = ranks - c.rollout_ranks, None, int(os.environ.get("RANK", 0))
     assert trainers > 0, f"--rollout-ranks {c.rollout_ranks} of {ranks} ranks leaves none to train"
     for name, many in (("ranks that train", trainers), ("ranks that generate", c.rollout_ranks or trainers)):
@@ -555,24 +557,23 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
     if resumed and not c.resume:
         raise UserError(f"{out} already holds {resumed.name}: go on with --resume, or choose another --out")
     source = str(resumed or checkpoint_folder(c.model))
-    sft = train_sft.Config(stage="pretrain", model=source, data=c.data, out=c.out, trainable=c.trainable, lr=c.lr,
-                           min_lr=0.0, weight_decay=c.weight_decay, beta2=c.beta2, eps=1e-8, seq_len=1,
+    sft = train_sft.Config(stage="pretrain", model=source, tokenizer="" if resumed else c.tokenizer, data=c.data,
+                           out=c.out, trainable=c.trainable, lr=c.lr, min_lr=0.0, weight_decay=c.weight_decay,
+                           beta2=c.beta2, eps=1e-8, seq_len=1,
                            dtype=c.dtype if c.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32",
                            attention=c.attention, recompute=c.recompute, compile=False, seed=c.seed)
-    config, dtype = config_of(source), {"bf16": torch.bfloat16, "fp32": torch.float32}[sft.dtype]
+    (config, tok), dtype = train_sft.described(sft), {"bf16": torch.bfloat16, "fp32": torch.float32}[sft.dtype]
     assert c.replay == "none" or config.num_experts, f"--replay {c.replay}: {c.model} has no experts"
     if c.rollout_ranks:
         trainer = json.loads((resumed / "trainer.json").read_text()) if resumed else {"step": 0, "cursor": 0}
-        link = engines.Link(store, out, number < trainers, number if number < trainers else number - trainers, trainers,
+        link = engines.Link(store, out, number < trainers, number if number < trainers else number - trainers,
                             c.rollout_ranks, device, c.patience)
         if number >= trainers:
-            tok = Tokenizer(source)
-            config.token_ids = tok.token_ids()
             engine = closing.enter_context(contextlib.closing(make_engine(c, config, dtype, device, out)))
             return generate_ahead(c, link, engine, config, dtype, tok, number - trainers, trainer["step"],
                                   trainer["cursor"])
     engine = None if link else closing.enter_context(contextlib.closing(make_engine(c, config, dtype, device, out)))
-    model, tok = train_sft.build(sft, device)
+    model, _ = train_sft.build(sft, device)
     optimizer = train_sft.adamw(model, sft)
     if resumed:
         trainer = common.load_state(model, optimizer, resumed)

@@ -48,7 +48,7 @@ from tqdm import tqdm
 import common
 from common import UserError, is_rank0, print0, rank, world
 from data import Limits, Loader, Source, Tokenizer, best_fit_decreasing, labels_of, pack_of, survey, to_device
-from model import Innovator, checkpoint_folder, config_of, init_weights, load_weights, save_weights
+from model import Innovator, ModelConfig, checkpoint_folder, config_of, init_weights, load_weights, save_weights
 from moe import load_statistics
 
 # --trainable names -> start of parameter names
@@ -191,8 +191,8 @@ def prepare_blocks(model: Innovator, recompute: str, compile: bool) -> None:
         block.run = torch.compile(run) if compile else run
 
 
-def build(c: Config, device: torch.device) -> tuple[Innovator, Tokenizer]:
-    """The sharded model with its weights, and the tokenizer."""
+def described(c: Config) -> tuple[ModelConfig, Tokenizer]:
+    """The configuration that --model names, fit for the tokenizer and the stage, and the tokenizer."""
     fresh = c.model.startswith("preset:")
     assert not fresh or c.tokenizer, "a preset has no tokenizer: give one with --tokenizer DIR"
     config = config_of(c.model)
@@ -216,6 +216,12 @@ def build(c: Config, device: torch.device) -> tuple[Innovator, Tokenizer]:
         "train routers on a model from upcycle.py split, or with --label 0"
     assert c.seq_len <= config.max_position_embeddings, \
         f"seq_len {c.seq_len} exceeds the model's {config.max_position_embeddings}"
+    return config, tok
+
+
+def build(c: Config, device: torch.device) -> tuple[Innovator, Tokenizer]:
+    """The sharded model with its weights, and the tokenizer."""
+    config, tok = described(c)
     model = Innovator.on_meta(config)
     model.attention, model.assets = c.attention, tok.path.parent
     trains = re.compile("|".join(MODULES[name] for name in c.trainable))
@@ -229,7 +235,7 @@ def build(c: Config, device: torch.device) -> tuple[Innovator, Tokenizer]:
             for unit in filter(None, (block, block.around)):  # this, all blocks would be gathered at the same time
                 unit.set_unshard_in_backward(False)
     model.to_empty(device=device)
-    if fresh:
+    if c.model.startswith("preset:"):
         init_weights(model, c.seed)
     else:
         load_weights(model, c.model)
