@@ -260,11 +260,22 @@ class Link:
                 self.weights = dist.ProcessGroupGloo(own, place, size, limit)
 
     # ---- trainers
-    def publish(self, model: Innovator, dtype: torch.dtype) -> None:
-        """A new version: every trainer gathers, trainer 0 broadcasts; the others join between two tokens."""
+    def publish(self, model: Innovator, dtype: torch.dtype, asked=(), alive=lambda: None) -> None:
+        """A new version: every trainer gathers, trainer 0 broadcasts; the others join between two tokens, and only when
+        all of them are there does it begin."""
         self.version += 1
         if self.weights is not None:
             self.store.set(f"version/{self.version}", "")
+        began, ended = time.monotonic(), None  # when a SIGTERM was seen: a rank that died will not come
+        for r in range(self.rollouts):
+            while not self.store.check([f"ready/{self.version}/{r}"]):
+                ended = ended or (time.monotonic() if asked else None)
+                waited = time.monotonic() - began
+                if waited > self.patience or ended and time.monotonic() - ended > 10:
+                    raise UserError(f"rollout rank {r} did not come for new weights within {waited:.0f} s: it ended or "
+                                    "hangs, or --patience is too short; go on with --resume")
+                time.sleep(0.01)
+                alive()
         for _, whole in gathered(model, dtype):
             if self.weights is not None:
                 self._broadcast(whole)
@@ -291,7 +302,9 @@ class Link:
             self._file(step, r).unlink(missing_ok=True)
 
     def finish(self) -> None:
-        self.store.set("finished", "")
+        """However training ended: the generating ranks leave."""
+        with contextlib.suppress(RuntimeError):
+            self.store.set("finished", "")
 
     # ---- generating ranks
     def poll(self, engine, config: ModelConfig, dtype: torch.dtype) -> None:
@@ -299,6 +312,7 @@ class Link:
         if self.store.check(["finished"]):
             raise Finished
         while self.store.check([f"version/{self.version + 1}"]):
+            self.store.set(f"ready/{self.version + 1}/{self.number}", "")
             engine.load(self._receive(config, dtype))
             self.version += 1
 
@@ -321,4 +335,8 @@ class Link:
     def _broadcast(self, tensor: torch.Tensor) -> None:
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        self.weights.broadcast([tensor], options).wait()
+        try:
+            self.weights.broadcast([tensor], options).wait()
+        except RuntimeError as e:
+            raise UserError(f"the weights did not get across ({(str(e).splitlines() or [''])[0]}): a rank ended or hangs; "
+                            "go on with --resume") from None

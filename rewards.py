@@ -776,6 +776,7 @@ def _serve(fd: int, memory_mb: int) -> None:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
+    signal.signal(signal.SIGTERM, lambda *_: None)  # torchrun sends it to all: the parent finishes its step first
     pipe = connection.Connection(fd)
     with contextlib.suppress(EOFError, ConnectionError):
         pipe.send("ready")

@@ -429,7 +429,8 @@ def collect(c: Config, engine, prompts: Prompts, verifiers, cursor: int, step: i
             between=lambda: None):
     """Responses to this rank's share of the step's prompts, groups of equal rewards replaced up to --refill times. All
     ranks of the group go on while one of them still needs prompts. -> responses, rows, counts, cursor"""
-    need, kept, rows, counts = c.prompts // shares, [], [], {"groups": 0, "equal": 0, "responses": 0}
+    need, kept, rows, bad = c.prompts // shares, [], [], prompts.bad
+    counts = {"groups": 0, "equal": 0, "responses": 0, "bad": 0}
     for attempt in range(c.refill + 1):
         missing = torch.tensor([max(need - len(rows), 0), cursor])
         dist.all_reduce(missing, op=dist.ReduceOp.MAX)
@@ -453,6 +454,7 @@ def collect(c: Config, engine, prompts: Prompts, verifiers, cursor: int, step: i
                 for r in own:
                     r.prompt = len(rows)
                 kept, rows = kept + own, [*rows, row]
+    counts["bad"] = prompts.bad - bad
     cursor = torch.tensor(cursor)
     dist.all_reduce(cursor, op=dist.ReduceOp.MAX)
     return kept, rows, counts, int(cursor)
@@ -472,6 +474,7 @@ def assign_advantages(c: Config, responses: list[Response], step: int) -> None:
 def generate_ahead(c: Config, link, engine, config, dtype, tok, number: int, step: int, cursor: int) -> None:
     """The life of a rank that only generates: batches for step, step + 1, ... until the trainers are done."""
     first, prompts = step, Prompts(c, tok, c.context or config.max_position_embeddings)
+    common.on_sigterm()  # torchrun sends it to all ranks: this one serves until the trainers are done
     alive = common.watchdog(c.patience, f"the engine of rollout rank {number}")
 
     def between():
@@ -487,7 +490,7 @@ def generate_ahead(c: Config, link, engine, config, dtype, tok, number: int, ste
                     continue
                 batch = collect(c, engine, prompts, verifiers, cursor, step, tok, number, c.rollout_ranks, between)
                 cursor = batch[-1]
-                link.put(step, (*batch, version, prompts.bad))
+                link.put(step, (*batch, version))
                 step += 1
         except engines.Finished:
             pass
@@ -495,7 +498,7 @@ def generate_ahead(c: Config, link, engine, config, dtype, tok, number: int, ste
 
 def taken(c: Config, batches: list) -> tuple:
     """This trainer's share of what the generating ranks made for a step: every world()-th group."""
-    responses, rows, counts, cursor = [], [], {"groups": 0, "equal": 0, "responses": 0}, 0
+    responses, rows, counts, cursor = [], [], {"groups": 0, "equal": 0, "responses": 0, "bad": 0}, 0
     groups = [(own[k * c.group:(k + 1) * c.group], row) for own, asked, *_ in batches for k, row in enumerate(asked)]
     for k, (own, row) in enumerate(groups[rank()::world()]):
         for r in own:
@@ -528,6 +531,12 @@ def summed(table: dict) -> dict:
     tables = [None] * world()
     dist.all_gather_object(tables, table)
     return {k: np.sum([t[k] for t in tables if k in t], axis=0).tolist() for k in sorted(set().union(*tables))}
+
+
+def everywhere(true: bool) -> bool:
+    flag = torch.tensor(int(true))
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag)
 
 
 def now(device) -> float:
@@ -580,6 +589,7 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
         step, cursor, updates = trainer["step"], trainer["cursor"], trainer["updates"]
         print0(f"resumed from {resumed} at step {step}")
     if link:
+        closing.callback(link.finish)
         link.publish(model, dtype)
     else:
         engine.load(gathered(model, dtype))
@@ -597,21 +607,21 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
         common.write_json(out / "run.json", {"config": asdict(c), "commit": common.commit()})
         trim_rollouts(out / "rollouts.txt", step)
     alive = common.watchdog(c.patience, "the run")
-    asked, stop = common.on_sigterm(), False
+    asked, stop, saved = common.on_sigterm(), False, step
     bar = tqdm(total=c.steps, initial=step, desc=c.recipe, disable=None if is_rank0() else True)
     while step < c.steps and not stop:
         t0 = now(device)
         if link:
             made = link.take(step, asked, alive)
-            if made is None:
+            if not everywhere(made is not None):  # a SIGTERM, which some ranks may see later than others
                 break
             responses, rows, counts, cursor = taken(c, made)
-            row = {"staleness": step - sum(b[4] for b in made) / len(made), "bad_rows": sum(b[5] for b in made)}
+            row = {"staleness": step - sum(b[4] for b in made) / len(made)}
         else:
             responses, rows, counts, cursor = collect(c, engine, prompts, verifiers, cursor, step, tok, rank(), world(),
                                                       alive)
             engine.sleep()
-            row = {"bad_rows": prompts.bad}
+            row = {}
         assign_advantages(c, responses, step)
         t1 = now(device)
         alive()
@@ -635,7 +645,7 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
         if not link:
             engine.load(gathered(model, dtype))
         elif step < c.steps:
-            link.publish(model, dtype)
+            link.publish(model, dtype, asked, alive)
         t3 = now(device)
         sums = torch.tensor([sum(r.reward for r in responses), sum(r.accuracy for r in responses),
                              sum(len(r.engine) for r in responses), sum(r.truncated for r in responses),
@@ -644,7 +654,7 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
         dist.all_reduce(sums)
         if link and is_rank0():
             link.drop(step - 1)
-        reward, accuracy, tokens, truncated, errors, spoilt, n, groups, equal, made, stopping = sums.tolist()
+        reward, accuracy, tokens, truncated, errors, spoilt, n, groups, equal, made, bad, stopping = sums.tolist()
         stop = stopping > 0
         types = {}
         for r in responses:
@@ -654,7 +664,7 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
                "by_type": {k: total / count for k, (total, count) in summed(types).items()},
                "length": tokens / max(n, 1), "truncated": truncated / max(n, 1),
                "verifier_errors": int(errors - spoilt), "engine_errors": int(spoilt), "responses": int(n),
-               "made": int(made), "equal_groups": equal / max(groups, 1),
+               "made": int(made), "bad_rows": int(bad), "equal_groups": equal / max(groups, 1),
                "lr": c.lr * min(1.0, updates / max(c.warmup, 1)), **row,
                **{k: sum(s[k] for s in stats) / len(stats) for k in (stats[0] if stats else ())},
                "generate_s": t1 - t0, "train_s": t2 - t1, "sync_s": t3 - t2, "tok_s": tokens / (t3 - t0)}
@@ -668,10 +678,11 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
         bar.update()
         if step % c.save_every == 0 or step == c.steps or stop:
             train_sft.save(c, model, optimizer, step, {"cursor": cursor, "updates": updates})
+            saved = step
         alive()
     bar.close()
-    if link and is_rank0():
-        link.finish()
+    if step > saved:  # a SIGTERM came while the generating ranks were waited for
+        train_sft.save(c, model, optimizer, step, {"cursor": cursor, "updates": updates})
     if is_rank0():
         picture = common.plot_metrics(out, ("reward", "length", "entropy", "gap_mean")) if step else ""
         print(f"wrote {common.latest(out)}, {out / 'metrics.jsonl'}, {out / 'rollouts.txt'}, {picture}")
