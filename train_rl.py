@@ -225,9 +225,11 @@ class Prompts:
 
     def read(self, i: int) -> tuple[dict, Doc]:
         row = self.data.row(i)
+        if "answer_type" not in row.raw or not isinstance(row.raw.get("problem"), str):
+            raise BadRow("no answer_type or no problem: rows need the columns of RL-172K")
+        if row.raw["answer_type"] not in rewards.ANSWER_TYPES:
+            raise BadRow(f"answer type {row.raw['answer_type']!r} is not one of {', '.join(rewards.ANSWER_TYPES)}")
         messages, images = row.parts[0]
-        if "answer_type" not in row.raw:
-            raise BadRow("no answer_type: rows need the columns of RL-172K")
         asked = [m for m in messages if m["role"] != "assistant"]
         if self.c.plain:
             asked = [*asked[:-1], {"role": "user", "content": row.raw["problem"]}]
