@@ -3,12 +3,20 @@
     python bench.py train --model preset:innovator-vl-8b --stage align --tokenizer DIR --data DIR     one GPU
     torchrun --nproc-per-node 2 bench.py train --model preset:innovator-vl-8b --stage mid --tokenizer DIR --data DIR
     python bench.py generate --model preset:innovator-53b-a13b
+    python bench.py rl                               the trainer's side of RL on ragged responses, ours and TRL's
     python bench.py packing                          fill and samples/s of the packers on a log-normal length file
     python bench.py upcycle --train TEXT --val TEXT --tokenizer DIR --out runs/upcycle      the upcycling experiment
     python bench.py report runs/upcycle              its table and pictures again
 
 train runs train_sft.py's own step (same model, loader, sharding, optimizer) for --steps steps, leaves the first third
 out and prints the median. Letters: tok/s counts real tokens of all ranks; MFU uses the data sheet's dense bf16 peak.
+
+rl takes one batch of fixed responses with log-normal lengths through train_rl.py's packing, old log-probabilities and
+updates, again and again; and through GRPOTrainer.train() if trl is installed, with these responses in the place of its
+generation. Both have fp32 masters, AdamW, the same loss, clip and responses an update; in bf16 ours gathers blocks in
+bf16, TRL uses autocast. TRL pads all sequences to the batch's longest prompt and longest response; the fastest of its
+micro-batch sizes counts, with Liger's layer kernels where they are installed and faster. Gradient norms differ by TRL's
+1e-4 beside the standard deviation (ours 1e-5) and, for dapo, by its mean over updates in the denominator.
 
 upcycle asks the Innovator paper's questions (arXiv:2507.18671, Tables 2 and 4, Figure 3) of a small model: a dense
 model is pretrained mostly on rows of discipline 'general', becomes a MoE by induct, split, route and integrate, and is
@@ -18,7 +26,10 @@ It runs upcycle.py and train_sft.py as a user would (every command is in command
 where it was stopped. --variants all adds the granularities 1, 2 and 4 slices, no induction (copies), no routing
 warm-up, no shared expert, and shorter integrations.
 """
+import gc
+import importlib.util
 import json
+import os
 import shlex
 import shutil
 import statistics
@@ -31,12 +42,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import tokenizers
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import common
+import train_rl
 import train_sft
-from data import Dataset, best_fit_decreasing
+from data import Dataset, Doc, Tokenizer, best_fit_decreasing
 from model import PRESETS, Innovator, config_of
 
 
@@ -126,6 +140,199 @@ def packing() -> None:
         print(f"packing, {name}: fill {lengths.sum() / len(packs) / 8192:.4f}, "
               f"{len(lengths) / seconds / 1e6:.2f} M samples/s on one core")
     print(f"padding each to 8192: fill {lengths.mean() / 8192:.4f}")
+
+
+# ---- the trainer's side of reinforcement learning -------------------------------------------------------------------
+@dataclass
+class RL:
+    model: str = ""  # folder of a dense text model, or preset:NAME (random weights, no vision); default mini, CPU: tiny
+    layers: int = 0  # blocks that a preset is cut to, 0: all
+    recipe: Literal["grpo", "dapo"] = "grpo"  # loss, its sum and its clip
+    prompts: int = 8  # a batch
+    group: int = 16  # responses a prompt
+    updates: int = 2  # optimizer steps a batch; at 1 TRL leaves out the old log-probabilities (the ratio is 1)
+    prompt: int = 128  # mean tokens of a prompt, before the cut at four times that
+    mean: int = 512  # mean tokens of a response, before the cut
+    longest: int = 2048  # tokens of a response
+    pack: int = 8192  # tokens of our micro-batches
+    micro: list[int] | None = None  # sequences of TRL's micro-batches, of which the fastest counts; default 2 4 8 .. 64
+    recompute: Literal["none", "selective", "full"] = "none"  # ours; unless none, TRL checkpoints whole blocks
+    attention: str = "sdpa"  # attn_implementation of TRL's model; ours takes the fastest that runs
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"  # compute; masters are fp32
+    batches: int = 5  # timed, after 2 of warm-up
+    seed: int = 0  # weights, lengths, ids, rewards
+
+    def __post_init__(self):
+        cuda = torch.cuda.is_available()
+        self.model = self.model or ("preset:mini" if cuda else "preset:tiny")
+        self.dtype = self.dtype if self.dtype != "auto" else "bf16" if cuda else "fp32"
+        self.each = self.prompts * self.group // self.updates  # responses an optimizer step
+        self.micro = [m for m in self.micro or (2, 4, 8, 16, 32, 64) if self.each % m == 0]
+        assert self.micro, f"no --micro divides the {self.each} responses of an update"
+
+
+def rl_ours(c: RL, r: train_rl.Config, responses: list, device, batches: int) -> dict:
+    sft = train_sft.Config(stage="pretrain", model=r.model, data=[], out="", lr=r.lr, min_lr=0.0, beta2=r.beta2,
+                           weight_decay=r.weight_decay, eps=1e-8, seq_len=1, dtype=c.dtype, recompute=c.recompute,
+                           compile=False)
+    model, tok = train_sft.build(sft, device)
+    optimizer, marks = train_sft.adamw(model, sft), [train_rl.now(device)]
+    for k in range(2 + batches):
+        parts = [train_rl.micro_batches(r, responses[n:n + c.each], model, tok, device)
+                 for n in range(0, len(responses), c.each)]
+        every = [b for part in parts for b in part]
+        train_rl.recompute_old(model, every, r)
+        stats = [train_rl.update(r, model, optimizer, part, r.lr) for part in parts]
+        marks.append(train_rl.now(device))
+        if not k:  # from the packs' order to that of the responses, whose numbers `engine` carries
+            order, norm = torch.cat([b.engine for b in every]).argsort(stable=True), stats[0]["grad_norm"]
+            logp = torch.cat([b.old for b in every])[order].cpu()
+    return {"micro": f"{len(every)} packs of {c.pack}, {model.impl}", "marks": marks, "logp": logp, "grad_norm": norm}
+
+
+def rl_trl(c: RL, r: train_rl.Config, responses: list, device, batches: int, micro: int, liger: bool) -> dict:
+    """GRPOTrainer.train() as its users call it; rollout_func returns the responses, a callback is the clock."""
+    import transformers
+    import trl.trainer.grpo_trainer as theirs
+    from datasets import Dataset as Rows
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    theirs.shuffle_sequence_dict = lambda batch: batch  # so that an update has the same responses as ours
+    asked, said = zip(*((x.doc.ids[:-len(x.engine)].tolist(), x.doc.ids[-len(x.engine):].tolist()) for x in responses))
+    marks, logp = [], [torch.zeros(0)]
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 1:  # what it holds is of the weights before the first update
+                logp.extend(b["old_per_token_logps"][b["completion_mask"] > 0].cpu()
+                            for b in trainer._buffered_inputs if "old_per_token_logps" in b)
+            if state.global_step % c.updates == 0:
+                marks.append(train_rl.now(device))
+    args = theirs.GRPOConfig(
+        output_dir=str(Path(r.model).parent / "trl"), per_device_train_batch_size=micro, num_generations=c.group,
+        gradient_accumulation_steps=c.each // micro, steps_per_generation=c.each // micro * c.updates,
+        max_completion_length=c.longest, max_steps=(2 + batches) * c.updates, loss_type=c.recipe, epsilon=r.low,
+        epsilon_high=r.high, beta=0.0, scale_rewards="group", learning_rate=r.lr, lr_scheduler_type="constant",
+        weight_decay=r.weight_decay, adam_beta2=r.beta2, adam_epsilon=1e-8, max_grad_norm=r.clip,
+        bf16=c.dtype == "bf16", gradient_checkpointing=c.recompute != "none", use_liger_kernel=liger, seed=c.seed,
+        shuffle_dataset=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_first_step=True,
+        logging_steps=10 ** 6, use_cpu=device.type == "cpu",
+        model_init_kwargs={"dtype": "float32", "attn_implementation": c.attention})
+    trainer = theirs.GRPOTrainer(
+        model=r.model, reward_funcs=lambda completions, **_: [x.reward for x in responses], args=args,
+        processing_class=transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(Path(r.model) / "tokenizer.json"), pad_token="<|endoftext|>", eos_token="<|im_end|>"),
+        train_dataset=Rows.from_list([{"prompt": str(k)} for k in range(c.prompts)]), callbacks=[Clock()],
+        rollout_func=lambda *_: {"prompt_ids": list(asked), "completion_ids": list(said), "logprobs": None})
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    trainer.accelerator.free_memory()
+    return {"micro": f"{micro} sequences, {c.attention}{', Liger' if liger else ''}", "marks": marks,
+            "sequences": micro, "logp": torch.cat(logp), "grad_norm": trainer.state.log_history[0]["grad_norm"]}
+
+
+def rl_model(c: RL, folder: Path, device) -> str:
+    """A preset's random weights as a checkpoint, with a tokenizer of nothing but the special tokens. -> its folder"""
+    special = [f"<|{n}|>" for n in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad",
+                                    "video_pad")]
+    vocabulary = tokenizers.models.WordLevel({t: k for k, t in enumerate(special)}, unk_token=special[0])
+    tokenizers.Tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
+    config = config_of(c.model)
+    model = Innovator.from_config(replace(
+        config, vision=None, num_hidden_layers=c.layers or config.num_hidden_layers,
+        token_ids=Tokenizer(folder).token_ids()), device=device, seed=c.seed)
+    model.assets = folder
+    model.save_pretrained(folder / "model")
+    return str(folder / "model")
+
+
+def rl_responses(c: RL, vocab: int) -> list[train_rl.Response]:
+    """Random ids of log-normal lengths and random rewards; `engine` carries the response's number."""
+    rng, out = np.random.default_rng(c.seed), []
+
+    def texts(mean, longest, n, sigma=0.8):
+        lengths = rng.lognormal(np.log(mean) - sigma ** 2 / 2, sigma, n).round().clip(1, longest).astype(int)
+        return [rng.integers(7, vocab, length, dtype=np.int32) for length in lengths]
+    prompts = texts(c.prompt, 4 * c.prompt, c.prompts)
+    for k, said in enumerate(texts(c.mean, c.longest, c.prompts * c.group)):
+        asked = prompts[k // c.group]
+        doc = Doc(np.concatenate([asked, said]), np.concatenate([np.full(len(asked), -100, np.int32), said]))
+        engine = np.full(len(said), k, np.float32)
+        out.append(train_rl.Response(k // c.group, doc, "", engine, False, reward=rng.random()))
+    return out
+
+
+def rl(c: RL) -> None:
+    device, folder = common.init_distributed(), Path(tempfile.mkdtemp(prefix="bench_"))
+    assert common.world() == 1, "rl measures one process"
+    model = rl_model(c, folder, device) if c.model.startswith("preset:") else c.model
+    config, every = config_of(model), []
+    assert not config.num_experts and config.vision is None, f"{c.model}: rl compares dense text models"
+    r = train_rl.Config(recipe=c.recipe, model=model, data=[], out="", prompts=c.prompts, group=c.group,
+                        updates=c.updates, max_new_tokens=c.longest, pack=c.pack, overlong=0, mask_truncated=False)
+    responses = rl_responses(c, config.vocab_size)
+    train_rl.assign_advantages(r, responses, 0)
+    new, tokens = [len(x.engine) for x in responses], sum(len(x.doc.ids) for x in responses)
+    padded = max(len(x.doc.ids) - n for x, n in zip(responses, new)) + max(new)
+    print(ceilings(device))
+    print(f"rl: {c.model}, {config.num_hidden_layers} blocks, {c.recipe}, {c.dtype}, recompute {c.recompute}; a batch: "
+          f"{c.prompts} x {c.group} responses of {min(new)} to {max(new)} tokens, mean {np.mean(new):.0f}, {tokens:,} "
+          f"tokens with prompts, padded to {padded}: fill {tokens / len(new) / padded:.3f}; {c.updates} updates of "
+          f"{c.each}; {c.batches} batches after 2 of warm-up")
+
+    def measure(run, batches, *args):
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        x = run(c, r, responses, device, batches, *args)
+        steps = np.diff(x.pop("marks"))[-batches:] / c.updates
+        peak = torch.cuda.max_memory_allocated(device) / 2 ** 30 if device.type == "cuda" else 0.0
+        step, speed = float(np.median(steps)), tokens / c.updates / float(np.median(steps))
+        return x | {"step_s": step, "min_s": min(steps), "max_s": max(steps), "tok_s": speed, "peak_gb": peak, "row":
+                    f"{x['micro']} | {step:.3f} s ({min(steps):.3f} to {max(steps):.3f}) | {speed:,.0f} | {peak:.1f} |"}
+    ours, theirs, tried = measure(rl_ours, c.batches), None, []
+    dist.destroy_process_group()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)  # else Accelerate wraps the model for several processes
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+
+    def attempt(*how):
+        try:
+            tried.append(measure(rl_trl, *how))
+        except Exception as e:  # one that does not fit or does not run must not cost the others' figures
+            print(f"TRL, {how[1]} sequences{', Liger' if how[2] else ''}: {type(e).__name__}: {str(e)[:200]}")
+    if importlib.util.find_spec("trl"):
+        for micro in c.micro:
+            attempt(1, micro, False)
+        print("TRL, a step of one batch:", ", ".join(f"{x['micro']} {x['step_s']:.3f} s" for x in tried))
+        fastest = min(tried, key=lambda x: x["step_s"], default={"sequences": c.micro[0]})["sequences"]
+        tried.clear()
+        attempt(c.batches, fastest, False)
+        if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+            attempt(c.batches, fastest, True)  # NOTE last: it patches Transformers' classes for good
+        print(*(f"TRL, {x['micro']}: a step {x['step_s']:.3f} s" for x in tried), sep="\n")
+        theirs = min(tried, key=lambda x: x["step_s"], default=None)
+    print("| trainer | micro-batches | an optimizer step (min to max) | real tok/s | peak GiB |")
+    print("|---|---|---|---|---|")
+    print(f"| ours | {ours['row']}")
+    result = {"config": asdict(c), "commit": common.commit(), "tokens": tokens, "ours": ours, "trl": theirs}
+    if theirs:
+        result["ratio"] = theirs["tok_s"] / ours["tok_s"]
+        print(f"| TRL | {theirs['row']}")
+        print(f"time a real token, ours / TRL: {result['ratio']:.3f}")
+        if len(theirs["logp"]):
+            gap = (ours["logp"] - theirs["logp"]).abs()
+            result |= {"logp_gap_max": gap.max().item(), "logp_gap_mean": gap.mean().item()}
+            print(f"same weights: log-probabilities of {len(gap):,} response tokens differ by {gap.max():.1e} at most, "
+                  f"{gap.mean():.1e} on average")
+        print(f"gradient norm of the first update: ours {ours['grad_norm']:.5f}, TRL {theirs['grad_norm']:.5f}")
+    elif not importlib.util.find_spec("trl"):
+        print("trl is not installed, nothing to compare with: pip install trl==1.16.0")
+    shutil.rmtree(folder)
+    for x in filter(None, (ours, theirs)):
+        del x["logp"], x["row"]
+    print(json.dumps(result))
 
 
 # ---- the upcycling experiment ---------------------------------------------------------------------------------------
@@ -393,6 +600,7 @@ def upcycle_report(folder: str) -> None:
 
 def main() -> None:
     commands = {"train": lambda: train(sys.argv[2:]), "packing": packing,
+                "rl": lambda: rl(common.parse(RL, sys.argv[2:], __doc__)),
                 "generate": lambda: generate(common.parse(Generate, sys.argv[2:], __doc__)),
                 "upcycle": lambda: upcycle(common.parse(Upcycle, sys.argv[2:], __doc__)),
                 "report": lambda: upcycle_report(*sys.argv[2:3] or ["."])}
