@@ -86,6 +86,12 @@ class TorchEngine:
         pass
 
 
+def release() -> None:
+    """GPU memory that torch keeps for later goes back, for the other side."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def pictures(docs: list[Doc], model: Innovator):
     """Normalised patches [P, 588] and grids of all pictures of these prompts, or None and None."""
     pixels = [d.pixels for d in docs if d.pixels is not None]
@@ -104,6 +110,14 @@ def decoder_form(c: ModelConfig):
     if why:
         raise UserError(f"vLLM cannot run this model: {why}; --engine torch can")
     return replace(c, shared_expert_gate=True), to_qwen2_moe
+
+
+def forget_kernels(model) -> None:
+    """NOTE vLLM (0.32) brings a MoE's weights into the CPU kernel's layout only when it builds that kernel: reloaded
+    weights would be read in the wrong one, mostly without an error."""
+    for module in model.modules():
+        if getattr(getattr(module, "quant_method", None), "moe_kernel", None) is not None:
+            module.quant_method.moe_kernel = None
 
 
 class VllmEngine:
@@ -152,7 +166,7 @@ class VllmEngine:
                 file = self.out / f"engine_error.rank_{rank()}.txt"
                 file.write_text(traceback.format_exc())
                 where = f" (its traceback: {file})"
-            said = (str(e).strip().splitlines() or [""])[0]
+            said = " ".join(str(e).split())[:300]  # NOTE pydantic's first line says only that something is wrong
             raise UserError(f"vLLM failed: {type(e).__name__}: {said}{where}; go on from the last checkpoint with "
                             "--resume") from None
 
@@ -160,6 +174,7 @@ class VllmEngine:
     def load(self, named) -> None:
         """NOTE the whole stream must run on every rank, whatever happens: the others gather along."""
         if self.asleep:
+            release()
             self._guard(self.llm.wake_up, tags=["weights"])
         eyes = dict(self.eyes.named_parameters()) if self.eyes else {}
 
@@ -170,10 +185,13 @@ class VllmEngine:
                 if not name.startswith("visual."):
                     yield name, whole
         pairs = (pair for name, tensor in split_pieces(decoder()) for pair in self.rename(name, tensor))
+        if self.device.type == "cpu":
+            self._guard(self.llm.apply_model, forget_kernels)
         self._guard(self.llm.collective_rpc, "reload_weights", kwargs={"weights_iterator": pairs})
         for _ in pairs:
             pass
         if self.asleep:
+            release()
             self._guard(self.llm.wake_up, tags=["kv_cache"])
             self.asleep = False
         self.version += 1
@@ -184,8 +202,7 @@ class VllmEngine:
         if self.device.type == "cuda" and not self.asleep:
             self._guard(self.llm.sleep, level=2)
             self.asleep = True
-            gc.collect()
-            torch.cuda.empty_cache()
+            release()
 
     def close(self) -> None:
         """NOTE vLLM takes the process group with it."""
@@ -276,6 +293,8 @@ class Link:
                                     "hangs, or --patience is too short; go on with --resume")
                 time.sleep(0.01)
                 alive()
+        if self.weights is not None:
+            self.store.set(f"go/{self.version}", "")
         for _, whole in gathered(model, dtype):
             if self.weights is not None:
                 self._broadcast(whole)
@@ -313,6 +332,10 @@ class Link:
             raise Finished
         while self.store.check([f"version/{self.version + 1}"]):
             self.store.set(f"ready/{self.version + 1}/{self.number}", "")
+            while not self.store.check([f"go/{self.version + 1}"]):
+                if self.store.check(["finished"]):
+                    raise Finished
+                time.sleep(0.001)
             engine.load(self._receive(config, dtype))
             self.version += 1
 

@@ -124,7 +124,7 @@ class Config:
     recompute: Literal["none", "selective", "full"] = "selective"  # activation checkpointing per block
     threads: int = 0  # CPU threads of torch a rank, 0: torch's choice
     seed: int = 1234  # order of the prompts, sampling
-    save_every: int = 25  # steps between checkpoints
+    save_every: int = 25  # steps between checkpoints, and one at the end; 0: none at all, to measure
     keep: int = 2  # newest checkpoints that stay
     resume: bool = False  # go on from the newest checkpoint in --out
 
@@ -678,12 +678,12 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
         bar.set_postfix_str(f"reward {row['reward']:.3f} accuracy {row['accuracy']:.3f} length {row['length']:.0f} "
                             f"equal {row['equal_groups']:.2f}" + (f" errors {int(errors)}" if errors else ""))
         bar.update()
-        if step % c.save_every == 0 or step == c.steps or stop:
+        if c.save_every and (step % c.save_every == 0 or step == c.steps or stop):
             train_sft.save(c, model, optimizer, step, {"cursor": cursor, "updates": updates})
             saved = step
         alive()
     bar.close()
-    if step > saved:  # a SIGTERM came while the generating ranks were waited for
+    if c.save_every and step > saved:  # a SIGTERM came while the generating ranks were waited for
         train_sft.save(c, model, optimizer, step, {"cursor": cursor, "updates": updates})
     if is_rank0():
         picture = common.plot_metrics(out, ("reward", "length", "entropy", "gap_mean")) if step else ""

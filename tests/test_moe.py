@@ -240,7 +240,7 @@ def test_compiled_layer_equals_the_layer(dtype, tolerance):
     layer, x = lively(SMALL).model.layers[0].mlp.to(dtype), torch.randn(30, 32, dtype=dtype, requires_grad=True)
     labels, found = torch.arange(30) % 4, []
     for run in (layer, torch.compile(layer)):
-        y, (losses, counts) = run(x, labels)
+        y, (losses, counts, _) = run(x, labels)
         found.append([y, losses, counts, *torch.autograd.grad(y.float().square().sum() + losses.sum(),
                                                               [x, *layer.parameters()])])
     for a, b in zip(*found):
@@ -271,7 +271,7 @@ def test_recomputation_never_chooses_again(recompute, compiled, monkeypatch):
     pack = labelled_pack(model, (4,))
     pack.labels[:] = 2  # all tokens count, and all are supervised
     pack.rows, pack.targets, pack.weights = torch.arange(4), torch.arange(4), torch.ones(4)
-    loss, _, (_, counts) = model(pack)
+    loss, _, (_, counts, *_) = model(pack)
     for block in model.model.layers:
         block.mlp.gate.weight.data.neg_()
     with contextlib.nullcontext() if compiled else Count() as count:
