@@ -326,7 +326,7 @@ class Link:
             self.store.set("finished", "")
 
     # ---- generating ranks
-    def poll(self, engine, config: ModelConfig, dtype: torch.dtype) -> None:
+    def poll(self, engine, config: ModelConfig, dtype: torch.dtype, alive) -> None:
         """Takes new weights if there are any; raises Finished when the trainers are done."""
         if self.store.check(["finished"]):
             raise Finished
@@ -336,6 +336,7 @@ class Link:
                 if self.store.check(["finished"]):
                     raise Finished
                 time.sleep(0.001)
+                alive()
             engine.load(self._receive(config, dtype))
             self.version += 1
 

@@ -481,7 +481,7 @@ def generate_ahead(c: Config, link, engine, config, dtype, tok, number: int, ste
 
     def between():
         alive()
-        link.poll(engine, config, dtype)
+        link.poll(engine, config, dtype, alive)
     with rewards.Verifiers(c.verifiers) as verifiers:
         try:
             while True:
@@ -683,6 +683,8 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
             saved = step
         alive()
     bar.close()
+    if link:
+        link.finish()
     if c.save_every and step > saved:  # a SIGTERM came while the generating ranks were waited for
         train_sft.save(c, model, optimizer, step, {"cursor": cursor, "updates": updates})
     if is_rank0():
