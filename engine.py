@@ -163,6 +163,7 @@ class VllmEngine:
         except Exception as e:
             where = ""
             if self.out is not None:
+                self.out.mkdir(parents=True, exist_ok=True)  # it may fail before the run's first file
                 file = self.out / f"engine_error.rank_{rank()}.txt"
                 file.write_text(traceback.format_exc())
                 where = f" (its traceback: {file})"
