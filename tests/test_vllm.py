@@ -247,7 +247,8 @@ def school(asked, tokenizer, tmp_path_factory):
     rng = np.random.default_rng(0)
     save(PRESETS["tiny"], tokenizer, folder / "model", [(q, im, "ABCD"[rng.integers(4)]) for q, im in asked * 4])
     rows = [dict(id=f"q{k}", images=[{"bytes": im, "path": ""} for im in images], problem=q,
-                 answer=["B"], problem_type="stem", answer_type="multiple-choice", source="toy", prompt_type="normal") for k, (q, images) in enumerate([*asked, ("why " * 400, [])])]
+                 answer=["B"], problem_type="stem", answer_type="multiple-choice", source="toy", prompt_type="normal")
+            for k, (q, images) in enumerate([*asked, ("why " * 400, [])])]
     (folder / "data").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), folder / "data" / "rows.parquet")
     return folder
