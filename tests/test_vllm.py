@@ -275,12 +275,12 @@ def test_train_rl_learns_and_resumes(school, tmp_path):
     made = rows(tmp_path / "x")
     assert_good(made, list(range(1, 21)))
     reward = [row["reward"] for row in made]
-    assert sum(reward[-5:]) / 5 > sum(reward[:5]) / 5 + 0.3, reward
+    assert sum(reward[-5:]) / 5 > sum(reward[:5]) / 5 + 0.2, reward
     assert sum(row["bad_rows"] for row in made) >= 1  # --context is too short for one of them
     rl(school, tmp_path / "x", "--steps", 22, "--save-every", 20, "--resume")
     again = rows(tmp_path / "x")[20:]
     assert_good(again, [21, 22])
-    assert again[0]["reward"] > sum(reward[:5]) / 5 + 0.3  # the engine has the learnt weights
+    assert again[0]["reward"] > sum(reward[:5]) / 5 + 0.1  # the engine has the learnt weights
 
 
 def test_two_ranks_with_an_engine_each(school, tmp_path):
