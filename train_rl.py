@@ -689,9 +689,9 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
         train_sft.save(c, model, optimizer, step, {"cursor": cursor, "updates": updates})
     if is_rank0():
         picture = common.plot_metrics(out, ("reward", "length", "entropy", "gap_mean")) if step else ""
-        print(f"wrote {common.latest(out)}, {out / 'metrics.jsonl'}, {out / 'rollouts.txt'}, {picture}")
+        print(f"wrote {common.latest(out) or 'no checkpoint'}, {out / 'metrics.jsonl'}, {out / 'rollouts.txt'}, {picture}")
         print(f"stopped at step {step} of {c.steps}; go on with --resume" if step < c.steps else
-              f"next: python evaluate.py {c.out}")
+              f"next: python evaluate.py {c.out}" if c.save_every else "next: the same without --save-every 0")
 
 
 if __name__ == "__main__":
