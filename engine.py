@@ -19,7 +19,6 @@ host), so only the torch engine repeats a run bitwise.
 import contextlib
 import gc
 import json
-import math
 import os
 import pickle
 import tempfile
@@ -368,5 +367,5 @@ class Link:
         try:
             self.weights.broadcast([tensor], options).wait()
         except RuntimeError as e:
-            raise UserError(f"the weights did not get across ({(str(e).splitlines() or [''])[0]}): a rank ended or hangs; "
-                            "go on with --resume") from None
+            raise UserError(f"the weights did not get across ({(str(e).splitlines() or [''])[0]}): a rank ended or "
+                            "hangs; go on with --resume") from None

@@ -371,11 +371,12 @@ def two_updates(policy: str, out: str) -> None:
             advantage=float(generator.normal()), error="spoilt" if k == 5 else ""))
     def parts(pack):
         some = [responses[k:k + 4][common.rank()::common.world()] for k in (0, 4)]
-        return [train_rl.micro_batches(replace(c, pack=pack), s, model, tok, device) for s in some]
+        return [train_rl.update_part(replace(c, pack=pack), s, model, tok, device) for s in some]
     found, first, second = [], parts(20), parts(64)  # other micro-batches, the same sums
-    for step, batches in enumerate((first, second)):
-        found.append(train_rl.recompute_old(model, sum(batches, []), c) | train_rl.gap(sum(batches, [])))
-        found += [train_rl.update(c, model, optimizer, part, 1e-3) for part in batches]
+    for step, halves in enumerate((first, second)):
+        every = [b for batches, _ in halves for b in batches]
+        found.append(train_rl.recompute_old(model, every, c) | train_rl.gap(every))
+        found += [train_rl.update(c, model, optimizer, *half, 1e-3) for half in halves]
     if common.is_rank0():
         Path(out).write_text(json.dumps(found))
 

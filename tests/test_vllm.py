@@ -117,9 +117,9 @@ def batches(model, engine, docs, tok, temperature=1.0, **how):
                         pack=512, temperature=temperature, **how)
     responses = train_rl.roll_out(c, engine, [({}, d) for d in docs], tok, 0)
     for k, r in enumerate(responses):
-        r.advantage = float(k % 3 - 1)
-    parts = train_rl.micro_batches(c, responses, model, tok, CPU)
-    return c, responses, parts, train_rl.recompute_old(model, parts, c) | train_rl.gap(parts)
+        r.advantage = float(k % 3 - 1.5)
+    part = train_rl.update_part(c, responses, model, tok, CPU)
+    return c, responses, part, train_rl.recompute_old(model, part[0], c) | train_rl.gap(part[0])
 
 
 @in_this_process
@@ -143,9 +143,9 @@ def test_greedy_tokens_are_torchs_after_every_update(which, prompts, tokenizer, 
     before = None
     for k in range(5):
         if k == 4:  # a real update, from vLLM's own samples
-            c, _, parts, row = batches(model, ours, docs, tokenizer)
+            c, _, part, row = batches(model, ours, docs, tokenizer)
             assert row["gap_mean"] <= 1e-5 and row["gap_max"] <= 1e-3, row
-            row = train_rl.update(c, model, optimizer, parts, 1e-2)
+            row = train_rl.update(c, model, optimizer, *part, 1e-2)
             assert row["grad_norm"] > 0 and abs(row["ratio_max"] - 1) < 1e-3
         elif k:
             shake(model, k)
