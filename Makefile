@@ -1,6 +1,6 @@
 # Two commands on a fresh machine:   make demo   and   make test.   PYTHON and RUN can be given: make demo RUN=runs/second
 # make test-vllm: the tests with a real vLLM on the CPU; adds it to the same environment (0.6 GB)
-# make rl-demo: an instruct checkpoint whose SFT stopped early learns the rest by GSPO; RL_ARGS=--shuffle-rewards is the
+# make rl-demo: an instruct checkpoint whose SFT stopped early learns the rest by GSPO; RL_ARGS='--rewards shuffled' is the
 # control, RL_ARGS="--recipe dapo ..." another recipe, RL=runs/rl2 SEED=2 another run from the same checkpoint
 # make upcycle-demo: a dense toy model becomes a MoE and is compared with its own continued training; SEEDS=3 the README's table
 PYTHON ?= python3

@@ -157,6 +157,7 @@ class RL:
     pack: int = 8192  # tokens of our micro-batches
     micro: list[int] | None = None  # sequences of TRL's micro-batches, of which the fastest counts; default 2 4 8 .. 64
     recompute: Literal["none", "selective", "full"] = "none"  # ours; unless none, TRL checkpoints whole blocks
+    compile: bool = False  # torch.compile of our blocks
     attention: str = "sdpa"  # attn_implementation of TRL's model; ours takes the fastest that runs
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # compute; masters are fp32
     batches: int = 5  # timed, after 2 of warm-up
@@ -174,7 +175,7 @@ class RL:
 def rl_ours(c: RL, r: train_rl.Config, responses: list, device, batches: int) -> dict:
     sft = train_sft.Config(stage="pretrain", model=r.model, data=[], out="", lr=r.lr, min_lr=0.0, beta2=r.beta2,
                            weight_decay=r.weight_decay, eps=1e-8, seq_len=1, dtype=c.dtype, recompute=c.recompute,
-                           compile=False)
+                           compile=c.compile)
     model, tok = train_sft.build(sft, device)
     optimizer, marks = train_sft.adamw(model, sft), [train_rl.now(device)]
     for k in range(2 + batches):
@@ -269,7 +270,8 @@ def rl(c: RL) -> None:
     config, every = config_of(model), []
     assert not config.num_experts and config.vision is None, f"{c.model}: rl compares dense text models"
     r = train_rl.Config(recipe=c.recipe, model=model, data=[], out="", prompts=c.prompts, group=c.group,
-                        updates=c.updates, max_new_tokens=c.longest, pack=c.pack, overlong=0, mask_truncated=False)
+                        updates=c.updates, max_new_tokens=c.longest, pack=c.pack, overlong=0, mask_truncated=False,
+                        compile=c.compile)
     responses = rl_responses(c, config.vocab_size)
     train_rl.assign_advantages(r, responses, 0)
     new, tokens = [len(x.engine) for x in responses], sum(len(x.doc.ids) for x in responses)

@@ -17,7 +17,6 @@ Written for vLLM 0.26 to 0.32. Departures: tokens are sampled without per-reques
 host), so only the torch engine repeats a run bitwise.
 """
 import contextlib
-import gc
 import json
 import os
 import pickle
@@ -83,12 +82,6 @@ class TorchEngine:
 
     def close(self) -> None:
         pass
-
-
-def release() -> None:
-    """GPU memory that torch keeps for later goes back, for the other side."""
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def pictures(docs: list[Doc], model: Innovator):
@@ -174,7 +167,7 @@ class VllmEngine:
     def load(self, named) -> None:
         """NOTE the whole stream must run on every rank, whatever happens: the others gather along."""
         if self.asleep:
-            release()
+            torch.cuda.empty_cache()  # what torch keeps for later is vLLM's now
             self._guard(self.llm.wake_up, tags=["weights"])
         eyes = dict(self.eyes.named_parameters()) if self.eyes else {}
 
@@ -191,7 +184,7 @@ class VllmEngine:
         for _ in pairs:
             pass
         if self.asleep:
-            release()
+            torch.cuda.empty_cache()
             self._guard(self.llm.wake_up, tags=["kv_cache"])
             self.asleep = False
         self.version += 1
@@ -202,7 +195,6 @@ class VllmEngine:
         if self.device.type == "cuda" and not self.asleep:
             self._guard(self.llm.sleep, level=2)
             self.asleep = True
-            release()
 
     def close(self) -> None:
         """NOTE vLLM takes the process group with it."""

@@ -577,10 +577,34 @@ def _chunks(S: int, V: int):
     return [slice(i, min(i + n, S)) for i in range(0, S, n)]
 
 
-def _logits_chunk(h_SD, w_VD, targets_S):
-    z = F.linear(h_SD, w_VD).float()
-    lse = z.logsumexp(-1)
-    return z, lse, z.gather(-1, targets_S[:, None])[:, 0] - lse  # logits [s, V], lse [s], log p [s]
+def _logp(z_sV, targets_S, entropy: bool):
+    """Logits in any precision -> fp32 log of their sum, log p of the target, the distribution's entropy, each [s]."""
+    z_sV = z_sV.float()
+    lse = z_sV.logsumexp(-1)
+    logp_sV = z_sV - lse[:, None]
+    logp = logp_sV.gather(-1, targets_S[:, None])[:, 0]
+    return lse, logp, -(logp_sV.exp() * logp_sV).sum(-1) if entropy else None
+
+
+def _d_logits(z_sV, lse, targets_S, g_logp, entropies, g_ent):
+    """The gradient of sum g_logp log p + g_ent entropy in the logits, in their precision."""
+    logp_sV = z_sV.float() - lse[:, None]
+    p_sV = logp_sV.exp()
+    hot = torch.arange(z_sV.shape[1], device=z_sV.device) == targets_S[:, None]
+    g_sV = torch.where(hot, 1 - p_sV, -p_sV) * g_logp[:, None]  # d log p_t / d z = onehot - p
+    if g_ent is not None:  # d H / d z = -p (log p + H)
+        g_sV = g_sV - g_ent[:, None] * p_sV * (logp_sV + entropies[:, None])
+    return g_sV.to(z_sV.dtype)
+
+
+@functools.cache
+def _fused(fn):
+    """On GPUs one pass over the logits in place of one for each operation."""
+    return torch.compile(fn, dynamic=True)
+
+
+def _on(fn, z_sV, *args):
+    return (_fused(fn) if z_sV.is_cuda else fn)(z_sV, *args)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -594,13 +618,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dw = torch.zeros(w_VD.shape, dtype=torch.float32, device=w_VD.device) if need_w else None  # fp32: sums chunks
         for rows in _chunks(h_SD.shape[0], w_VD.shape[0]):
             h, t, w = h_SD[rows], targets_S[rows], weights_S[rows]
-            z, lse, logp = _logits_chunk(h, w_VD, t)
+            z = F.linear(h, w_VD)
+            lse, logp, _ = _on(_logp, z, t, False)
             loss -= (w * logp).sum()
             plain -= logp.sum()
             if need_h or need_w:
-                g = z.sub_(lse[:, None]).exp_()  # p; d loss / d z = weight (p - onehot)
-                g.scatter_add_(1, t[:, None], torch.full_like(t[:, None], -1, dtype=g.dtype))
-                g = g.mul_(w[:, None]).to(h.dtype)
+                g = _on(_d_logits, z, lse, t, -w, None, None)
                 if need_h:
                     dh[rows] = g @ w_VD
                 if need_w:
@@ -620,33 +643,26 @@ class _TokenLogprobs(torch.autograd.Function):
     """log p and entropy per row; the backward pass makes each chunk's logits again."""
     @staticmethod
     def forward(ctx, h_SD, w_VD, targets_S, entropy):
-        logps, ents = [], []
-        for rows in _chunks(h_SD.shape[0], w_VD.shape[0]):
-            z, lse, logp = _logits_chunk(h_SD[rows], w_VD, targets_S[rows])
-            logps.append(logp)
-            if entropy:
-                ents.append(lse - ((z - lse[:, None]).exp() * z).sum(-1))
+        parts = [_on(_logp, F.linear(h_SD[rows], w_VD), targets_S[rows], entropy)
+                 for rows in _chunks(h_SD.shape[0], w_VD.shape[0])]
         empty = torch.zeros(0, device=h_SD.device)
-        ctx.save_for_backward(h_SD, w_VD, targets_S)
-        return torch.cat([empty, *logps]), torch.cat([empty, *ents])
+        lse, logp, ent = (torch.cat([empty, *(x for x in part if x is not None)]) for part in zip(*parts)) \
+            if parts else (empty, empty.clone(), empty.clone())
+        ctx.save_for_backward(h_SD, w_VD, targets_S, lse, ent)
+        ctx.set_materialize_grads(False)  # an entropy that is only looked at costs no backward pass
+        return logp, ent
 
     @staticmethod
     def backward(ctx, g_logp, g_ent):
-        h_SD, w_VD, targets_S = ctx.saved_tensors
+        h_SD, w_VD, targets_S, lse, ent = ctx.saved_tensors
         need_h, need_w = ctx.needs_input_grad[:2]
+        g_logp = torch.zeros_like(lse) if g_logp is None else g_logp
         dh = torch.zeros_like(h_SD) if need_h else None
         dw = torch.zeros(w_VD.shape, dtype=torch.float32, device=w_VD.device) if need_w else None
         for rows in _chunks(h_SD.shape[0], w_VD.shape[0]):
-            h, t = h_SD[rows], targets_S[rows]
-            z, lse, _ = _logits_chunk(h, w_VD, t)
-            logp_sV = z - lse[:, None]
-            p = logp_sV.exp()
-            g = -p * g_logp[rows, None]  # d log p_t / d z = onehot - p
-            g.scatter_add_(1, t[:, None], g_logp[rows, None])
-            if g_ent.numel():  # d H / d z = -p (log p + H)
-                ent = -(p * logp_sV).sum(-1, keepdim=True)
-                g -= g_ent[rows, None] * p * (logp_sV + ent)
-            g = g.to(h.dtype)
+            h = h_SD[rows]
+            g = _on(_d_logits, F.linear(h, w_VD), lse[rows], targets_S[rows], g_logp[rows],
+                    *((None, None) if g_ent is None else (ent[rows], g_ent[rows])))
             if need_h:
                 dh[rows] = g @ w_VD
             if need_w:

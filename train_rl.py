@@ -67,6 +67,7 @@ RECIPES = {
     "dr-grpo": dict(loss="token", reduce="constant", low=0.2, high=0.2, updates=1, lr=1e-6, divide_by_std=False),
     "cispo": dict(loss="cispo", reduce="token", low=1.0, high=4.0, updates=1, lr=1e-6),
 }
+Correction = Literal["none", "truncate", "mask", "sequence-truncate", "sequence-mask"]
 NOT_FINITE = "the engine gave a log-probability that is not finite"
 EVERY_RECIPE = dict(correction="none", cap=2.0, refill=0, overlong=0, mask_truncated=False, divide_by_std=True)
 
@@ -84,11 +85,9 @@ class Config:
     high: float | None = None  # * and at 1 + high
     updates: int | None = None  # * optimizer steps a batch of rollouts, each on its part of the responses
     divide_by_std: bool | None = None  # * advantages are divided by the group's standard deviation
-    correction: Literal["none", "truncate", "mask", "sequence-truncate", "sequence-mask"] | None = None  # * weight old
-    # / engine probability, of a token or of a whole response: cut at cap (truncate), or dropped above it (mask)
-    cap: float | None = None  # * of the correction
-    replay: Literal["none", "old", "engine"] = "none"  # a MoE's updates use the experts of the old pass (R2) or of the
-    # engine (R3, in the old pass too)
+    correction: Correction | None = None  # * weight p(old) / p(engine), cut or dropped above cap
+    cap: float | None = None  # * largest weight of the correction
+    replay: Literal["none", "old", "engine"] = "none"  # experts of a MoE in updates: the old pass (R2), engine (R3)
     refill: int | None = None  # * rounds of new prompts that may replace groups of equal rewards, 0: such groups train
     overlong: int | None = None  # * last tokens of the budget over which the reward falls linearly by 1
     mask_truncated: bool | None = None  # * responses that did not end carry no loss
@@ -100,7 +99,7 @@ class Config:
     plain: bool = False  # ask the bare question, without the released instruction on <think> and <answer>
     verifiers: int = 2  # processes a rank that verify responses
     verify_seconds: float = 30.0  # one response's verification may take
-    shuffle_rewards: bool = False  # control: every response gets the reward of another one of the batch
+    rewards: Literal["verified", "shuffled", "random"] = "verified"  # controls: another response's of the batch; noise
     lr: float | None = None  # * constant between warm-up and decay
     warmup: int = 10  # updates
     decay: float = 0.0  # share of the steps, the last ones, over which lr falls linearly to 0
@@ -124,6 +123,7 @@ class Config:
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # compute; masters are fp32
     attention: Literal["auto", "flash-attn", "varlen", "sdpa"] = "auto"  # packed attention
     recompute: Literal["none", "selective", "full"] = "selective"  # activation checkpointing per block
+    compile: bool = False  # torch.compile per block; packs are then filled up to --pack
     threads: int = 0  # CPU threads of torch a rank, 0: torch's choice
     seed: int = 1234  # order of the prompts, sampling
     save_every: int = 25  # steps between checkpoints, and one at the end; 0: none at all, to measure
@@ -338,7 +338,7 @@ def micro_batches(c: Config, responses: list[Response], model: Innovator, tok: T
             docs.append(replace(r.doc, pixels=None, grids=[]) if r.prompt in first_row else r.doc)
             image_from.append(np.arange(merged) + first_row.setdefault(r.prompt, at))
             at += merged if docs[-1] is r.doc else 0
-        data = collate(docs, tok.pad, tok.image_pad, 0, "token", config.vision is not None)
+        data = collate(docs, tok.pad, tok.image_pad, c.pack if c.compile else 0, "token", config.vision is not None)
         n = np.array([len(r.engine) for r in some], dtype=np.int64)
         keep = [0.0 if r.error or c.mask_truncated and r.truncated else 1.0 for r in some]
         spread = lambda x: torch.from_numpy(np.repeat(np.array(x, dtype=np.float32), n)).to(device)
@@ -497,8 +497,9 @@ def assign_advantages(c: Config, responses: list[Response], step: int) -> None:
     if not responses:
         return
     values = np.array([r.reward for r in responses], dtype=np.float32)
-    if c.shuffle_rewards:
-        values = np.random.default_rng([c.seed, step, rank()]).permutation(values)
+    if c.rewards != "verified":
+        draw = np.random.default_rng([c.seed, step, rank()])
+        values = draw.permutation(values) if c.rewards == "shuffled" else draw.random(len(values), dtype=np.float32)
     grouped = torch.from_numpy(values).view(-1, c.group)
     for r, a in zip(responses, advantages(grouped, c.divide_by_std).flatten().tolist()):
         r.advantage = a
@@ -603,7 +604,7 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
                            out=c.out, trainable=c.trainable, lr=c.lr, min_lr=0.0, weight_decay=c.weight_decay,
                            beta2=c.beta2, eps=1e-8, seq_len=1,
                            dtype=c.dtype if c.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32",
-                           attention=c.attention, recompute=c.recompute, compile=False, seed=c.seed)
+                           attention=c.attention, recompute=c.recompute, compile=c.compile, seed=c.seed)
     (config, tok), dtype = train_sft.described(sft), {"bf16": torch.bfloat16, "fp32": torch.float32}[sft.dtype]
     assert c.replay == "none" or config.num_experts, f"--replay {c.replay}: {c.model} has no experts"
     if c.rollout_ranks:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from conftest import REFERENCE, launch
 from safetensors.torch import load_file, save_file
 
+import model as model_file
 import upcycle
 from common import UserError
 from kernels.attention import Documents, attend
@@ -239,6 +240,22 @@ def test_token_logprobs_and_entropy(head):
     want = torch.autograd.grad((a * expected_logp.exp() + b * expected_entropy).sum(), (h, w))
     for x, y in zip(got, want):
         close(x, y, 1e-5)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
+def test_one_pass_over_the_logits_equals_the_operations_one_by_one(dtype, tolerance):
+    """What GPUs run is compiled; a loss that does not use the entropy has the gradient of the log-probabilities."""
+    torch.manual_seed(0)
+    for S in (23, 57):
+        z, t = (torch.randn(S, 1031) * 3).to(dtype), torch.randint(0, 1031, (S,))
+        g, g_ent = torch.randn(S), torch.randn(S)
+        plain = model_file._logp(z, t, True)
+        for a, b in zip(plain, model_file._fused(model_file._logp)(z, t, True)):
+            close(a, b, tolerance)
+        for more in ((plain[2], g_ent), (None, None)):
+            one_by_one = model_file._d_logits(z, plain[0], t, g, *more)
+            fused = model_file._fused(model_file._d_logits)(z, plain[0], t, g, *more)
+            close(one_by_one.float(), fused.float(), tolerance)
 
 
 # ---- sampling -------------------------------------------------------------------------------------------------------
