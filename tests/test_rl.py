@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ import moe
 import rewards
 import train_rl
 import train_sft
-from data import Doc, Tokenizer
+from data import Doc, Tokenizer, collate, to_device
 from model import PRESETS, Innovator
 from vision import VisionConfig
 
@@ -150,6 +151,51 @@ def test_generated_probabilities_and_experts_are_those_of_a_full_forward():
         close(torch.tensor(logp), full[len(prompt) - 1:], 1e-4)
         assert chosen.shape == (len(prompt) + len(ids) - 1, 2, 2) and chosen.dtype == np.int16
         assert np.array_equal(chosen, routing[2].transpose(0, 1)[:-1].numpy())
+
+
+# ---- what runs once -------------------------------------------------------------------------------------------------
+def test_equal_responses_and_shared_pictures_run_once_with_the_same_gradient():
+    """Six responses to two prompts with one and two pictures, two of them equal, one without advantage: log p, loss
+    and gradients are those of every response in a pack of its own with its own pictures."""
+    model, _ = eyes()
+    model.mixed_dtype, tok = torch.float32, SimpleNamespace(pad=0, image_pad=7)
+    c = train_rl.Config(recipe="gspo-paper", model="", data=[], out="", prompts=2, group=3, pack=64, updates=1)
+    generator, responses = np.random.default_rng(0), []
+    raw = [generator.integers(0, 256, (math.prod(g), 588)).astype(np.uint8) for g in IMAGES]
+    answers, advantage = [[5, 9, 2], [5, 9, 2], [8], [8, 8], [3, 1, 4, 1], [8, 8, 2]], [1.0, -0.5, 0.7, 0.0, -2.0, 0.3]
+    for i, (ids, a) in enumerate(zip(answers, advantage)):
+        prompt, pictures = [(PROMPTS[k], OF_PROMPT[k]) for k in (0, 2)][i // 3]
+        doc = Doc(np.array(prompt + ids, np.int32), np.array([-100] * len(prompt) + ids, np.int32),
+                  [IMAGES[k] for k in pictures], np.concatenate([raw[k] for k in pictures]))
+        responses.append(train_rl.Response(i // 3, doc, "", np.full(len(ids), -2.0, np.float32), False, advantage=a))
+    common.init_distributed()
+    try:
+        batches, counted = train_rl.update_part(c, responses, model, tok, torch.device("cpu"))
+    finally:
+        leave_group()
+    assert counted == (6, 16, 14) and [len(b.pack.grids) for b in batches] == [3]  # not one, two and two twice
+    batch, = batches
+    assert len(batch.pack.rows) == 11 and len(batch.copy) == 14
+    logp = model(batch.pack, entropy=False)[0][batch.copy]
+    loss = (logp * batch.advantage / batch.lengths[batch.sequence]).sum()
+    whole, found = torch.zeros(()), {}
+    for r in (r for r in responses if r.advantage):
+        pack = to_device(collate([r.doc], 0, 7, 0, "token", True), "cpu", model.impl, torch.float32)
+        found[r.prompt, tuple(r.doc.ids)] = own = model(pack, entropy=False)[0]
+        whole = whole + r.advantage * own.mean()
+    for k in range(len(batch.lengths)):  # the pack's order is its own
+        own = logp[batch.sequence == k]
+        assert any(own.shape == x.shape and (own - x).abs().max() < 1e-5 for x in found.values())
+    close(loss, whole, 1e-5)
+    params = list(model.parameters())
+    for a, b in zip(*(torch.autograd.grad(x, params) for x in (loss, whole))):
+        close(a, b, 1e-5 * max(1, b.abs().max().item()))
+
+
+def leave_group():
+    torch.distributed.destroy_process_group()
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(key, None)
 
 
 # ---- routing replay -------------------------------------------------------------------------------------------------
@@ -391,9 +437,7 @@ def test_two_ranks_update_as_one(experts, tmp_path):
     try:
         two_updates(str(experts), str(tmp_path / "one.json"))
     finally:
-        torch.distributed.destroy_process_group()
-        for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(key, None)
+        leave_group()
     one, two = (json.loads((tmp_path / f"{x}.json").read_text()) for x in ("one", "two"))
     assert len(one) == 6
     for a, b in zip(one, two, strict=True):
