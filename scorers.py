@@ -75,7 +75,7 @@ def said(text: str) -> str:
         return f"<answer>{', '.join(map(str, value)) if isinstance(value, list) else value}</answer>"
     text = re.sub(r"\b(?:(?:correct|right|best) (?:option|choice)|answer) (?:is|would be|:)", "answer is",
                   text.translate(WIDE), flags=re.I)
-    text = re.sub(rf"^(\W*[A-J])、(?={HAN})", r"\1. ", text, flags=re.M)
+    text = re.sub(rf"^([^\w\n]*[A-J])、(?={HAN})", r"\1. ", text, flags=re.M)
     label = r"\(?[A-J]\)?"
     text = re.sub(rf"(?<!不)(?<!不[能应可])选择?\s*:?\s*({label}(?:[、,，和 ]*{label})*)(?![A-Za-z]|\s*或)",
                   lambda m: f"\nThe answer is {' '.join(re.findall('[A-J]', m[1]))}.\n", text)
@@ -106,12 +106,13 @@ def read_label(text: str, labels: str, options: list[str] | None) -> str | None:
     """One label; failing the places of an answer: a first line that is one, the only one called correct, the only
     option that a short answer mentions. A list of the options names none."""
     plain = said(text)
-    listed, free = re.findall(rf"^\W*([{labels}])[.):]", plain, re.M | re.I), marked(plain) is None
-    options_only = free and len(listed) > 1 and listed == sorted(set(listed))
+    listed, free = re.findall(rf"^[^\w\n]*([{labels}])[.):]", plain, re.M | re.I), marked(plain) is None
+    is_list = free and len(listed) > 1 and listed == sorted(set(listed))
+    def item(line): return is_list and re.match(rf"\W*[{labels}][.):]", line, re.I) and not bare(line)
     def bare(line): return re.fullmatch(r"\W*(?:option|choice)?\W*\w\W*", line, re.I)
     ends = [line for line in (plain.rpartition("\n")[2], plain.partition("\n")[0]) if free or bare(line)]
     for line in places(text) + ends:
-        if not options_only or bare(line):
+        if not item(line):
             for style in dict.fromkeys((labels.upper(), labels)):
                 if got := read_choice(line, options, style):
                     return got
@@ -120,7 +121,7 @@ def read_label(text: str, labels: str, options: list[str] | None) -> str | None:
     if len(set(called)) == 1:
         return called[0].upper()
     answer = short_answer(text) or ""
-    if options and not options_only and not re.search(r"\b(?:not|never|except|neither|cannot)\b|n't\b|[不非没]", answer):
+    if options and not item(answer) and not re.search(r"\b(?:not|never|except|neither|cannot)\b|n't\b|[不非没]", answer):
         spaced = [re.sub(HAN, r" \g<0> ", t) for t in (answer, *options)]  # a Chinese character is a word
         answer, *names = (f" {normal(t)} " for t in spaced)
         named = [k for k, name in enumerate(names) if name.strip() and name in answer]
@@ -257,7 +258,7 @@ def notation(text: str, fits: Callable[[str], bool]) -> str | None:
     spans = re.findall(r"```\w*\n?(.*?)```|`([^`]+)`", text, re.S)
     found = [tags[-1][1] if tags else "", marked(said(text)) or "", "".join(spans[-1]) if spans else "", text,
              text.rpartition("\n")[2], *re.findall(r"(?:\bis|:)\s+(\S+)\s*$", text),
-             *re.findall(r"^(\S*[()=#\[\]\d]\S*)\s", text)]
+             *[word for word in text.split(None, 1)[:1] if re.search(r"[()=#\[\]\d]", word)]]
     found = [re.sub(r"^(?:SMILES|SELFIES)\s*[:=]?\s*|^(?:[$`\"]|\*\*)+|[.,]?(?:[$`\"]|\*\*)*[.,]?$", "", f.strip())
              for f in found]
     found = [f for f in found if f and not re.search(r"\s", f)]
