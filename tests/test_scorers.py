@@ -413,7 +413,8 @@ def test_noise_neither_raises_nor_takes_long(science, name):
         found = score(name, noise, GOLDS[name])
         assert list(found.numbers) == list(SCORERS[name][1]) and json.dumps(found.numbers)
     for unit in ("C", "1", "(a),", "a,b\n", "[1,2,3,4]", "答案是", "\\boxed{", "A. x\n", "the cat ", "1e9 ", '"answer": ',
-                 "!\n", "-", ".", "(", "A ", "A, ", "选A", "答案是A", "the answer is ", "<answer>", "`", "1,", "|a|\n", "[C]"):
+                 "!\n", "-", ".", "(", "A ", "A, ", "选A", "答案是A", "the answer is ", "<answer>", "`", "1,",
+                 "|a|\n", "[C]"):
         start = time.time()
         score(name, unit * (20000 // len(unit)), GOLDS[name])
         assert time.time() - start < 5, unit
