@@ -178,11 +178,11 @@ def rl_ours(c: RL, r: train_rl.Config, responses: list, device, batches: int) ->
     model, tok = train_sft.build(sft, device)
     optimizer, marks = train_sft.adamw(model, sft), [train_rl.now(device)]
     for k in range(2 + batches):
-        parts = [train_rl.micro_batches(r, responses[n:n + c.each], model, tok, device)
+        parts = [train_rl.update_part(r, responses[n:n + c.each], model, tok, device)
                  for n in range(0, len(responses), c.each)]
-        every = [b for part in parts for b in part]
+        every = [b for batches, _ in parts for b in batches]
         train_rl.recompute_old(model, every, r)
-        stats = [train_rl.update(r, model, optimizer, part, r.lr) for part in parts]
+        stats = [train_rl.update(r, model, optimizer, *part, r.lr) for part in parts]
         marks.append(train_rl.now(device))
         if not k:  # from the packs' order to that of the responses, whose numbers `engine` carries
             order, norm = torch.cat([b.engine for b in every]).argsort(stable=True), stats[0]["grad_norm"]

@@ -138,10 +138,11 @@ def init_apart(trainers: int) -> tuple[torch.device, dist.Store]:
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # after a restart by torchrun the store is the old one
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                            store=dist.PrefixStore("trainers", store) if trains else dist.HashStore(),
+                            store=dist.PrefixStore(f"trainers/{life}", store) if trains else dist.HashStore(),
                             rank=number if trains else 0, world_size=trainers if trains else 1)
-    return device, dist.PrefixStore("apart", store)
+    return device, dist.PrefixStore(f"apart/{life}", store)
 
 
 def watchdog(seconds: float, what: str):

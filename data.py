@@ -690,7 +690,7 @@ def to_device(p: PackData, device, impl: str, dtype, disciplines: list[str] | No
     pixels = None if p.pixels is None else normalise(put(p.pixels), dtype)
     return Pack(put(p.ids.astype(np.int64)), docs, docs.positions().to(device, non_blocking=True), put(p.rows),
                 put(p.targets), put(p.weights), pixels, p.grids, put(p.image_rows),
-                None if disciplines is None else put(labels_of(p, disciplines)))
+                labels=None if disciplines is None else put(labels_of(p, disciplines)))
 
 
 # ---- packing --------------------------------------------------------------------------------------------------------

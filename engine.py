@@ -19,7 +19,6 @@ host), so only the torch engine repeats a run bitwise.
 import contextlib
 import gc
 import json
-import math
 import os
 import pickle
 import tempfile
@@ -163,6 +162,7 @@ class VllmEngine:
         except Exception as e:
             where = ""
             if self.out is not None:
+                self.out.mkdir(parents=True, exist_ok=True)  # it may fail before the run's first file
                 file = self.out / f"engine_error.rank_{rank()}.txt"
                 file.write_text(traceback.format_exc())
                 where = f" (its traceback: {file})"
@@ -210,17 +210,22 @@ class VllmEngine:
             self.llm.llm_engine.engine_core.shutdown()
 
     @torch.no_grad()
-    def _prompt(self, doc: Doc) -> dict:
+    def _prompts(self, docs: list[Doc]) -> list[dict]:
+        """Token ids; with pictures embeddings, made for 16 prompts together."""
         # NOTE the salt keeps cached prefixes of older weights apart while requests run on
-        salt = {"cache_salt": str(self.version)}
-        if doc.pixels is None:
-            return {"prompt_token_ids": doc.ids.tolist()} | salt
-        ids = torch.from_numpy(doc.ids.astype(np.int64)).to(self.device)
-        return {"prompt_embeds": self.eyes.embed(ids, *pictures([doc], self.eyes)).cpu()} | salt
+        salt, out = {"cache_salt": str(self.version)}, [{"prompt_token_ids": d.ids.tolist()} for d in docs]
+        seeing = [k for k, d in enumerate(docs) if d.pixels is not None]
+        for start in range(0, len(seeing), 16):
+            some = seeing[start:start + 16]
+            ids = torch.from_numpy(np.concatenate([docs[k].ids for k in some]).astype(np.int64)).to(self.device)
+            rows = self.eyes.embed(ids, *pictures([docs[k] for k in some], self.eyes)).cpu()
+            for k, embeds in zip(some, rows.split([len(docs[k].ids) for k in some])):
+                out[k] = {"prompt_embeds": embeds.clone()}  # of its own: vLLM sends the whole storage
+        return [p | salt for p in out]
 
     def generate(self, docs: list[Doc], n: int, s: Sampling, seed: int, between=lambda: None):
         from vllm import SamplingParams
-        prompts = self._guard(lambda: [self._prompt(d) for d in docs])
+        prompts = self._guard(self._prompts, docs)
         if self.group is not None:  # all ranks of a group ask for the prompts of all
             parts = [None] * self.tp
             dist.all_gather_object(parts, prompts, group=self.group)
@@ -326,7 +331,7 @@ class Link:
             self.store.set("finished", "")
 
     # ---- generating ranks
-    def poll(self, engine, config: ModelConfig, dtype: torch.dtype) -> None:
+    def poll(self, engine, config: ModelConfig, dtype: torch.dtype, alive) -> None:
         """Takes new weights if there are any; raises Finished when the trainers are done."""
         if self.store.check(["finished"]):
             raise Finished
@@ -336,6 +341,7 @@ class Link:
                 if self.store.check(["finished"]):
                     raise Finished
                 time.sleep(0.001)
+                alive()
             engine.load(self._receive(config, dtype))
             self.version += 1
 
@@ -361,5 +367,5 @@ class Link:
         try:
             self.weights.broadcast([tensor], options).wait()
         except RuntimeError as e:
-            raise UserError(f"the weights did not get across ({(str(e).splitlines() or [''])[0]}): a rank ended or hangs; "
-                            "go on with --resume") from None
+            raise UserError(f"the weights did not get across ({(str(e).splitlines() or [''])[0]}): a rank ended or "
+                            "hangs; go on with --resume") from None

@@ -292,6 +292,7 @@ class Pack:
     image_rows: torch.Tensor | None = None  # [M] rows that hold <|image_pad|>, in order
     labels: torch.Tensor | None = None  # [T] discipline of each token (moe.routing_losses); None: not counted
     experts: torch.Tensor | None = None  # [L, T, k] experts that a MoE uses in place of its own choice, -1: its own
+    image_from: torch.Tensor | None = None  # [M] the merged row of each if documents share pictures; None: in order
 
 
 class Innovator(nn.Module):
@@ -322,12 +323,13 @@ class Innovator(nn.Module):
     def compute_dtype(self) -> torch.dtype:
         return getattr(self, "mixed_dtype", None) or self.model.norm.weight.dtype  # sharded models have mixed_dtype
 
-    def embed(self, ids_T, pixels=None, grids=(), image_rows=None):
+    def embed(self, ids_T, pixels=None, grids=(), image_rows=None, image_from=None):
         """Token rows with the merged image rows in the places of <|image_pad|>. -> [T, D]"""
         x_TD = self.model.embed_tokens(ids_T)
         if pixels is None:
             return x_TD
         rows_MD = self.visual(pixels, grids, self.impl)
+        rows_MD = rows_MD if image_from is None else rows_MD[image_from]
         if image_rows is None:
             image_rows = (ids_T == self.config.image_token_id).nonzero()[:, 0]
         elif image_rows.numel() == 0:  # a training pack without images: all ranks still gather and reduce alike
@@ -337,8 +339,8 @@ class Innovator(nn.Module):
         return x_TD.index_copy(0, image_rows, rows_MD.to(x_TD.dtype))
 
     def hidden(self, p: Pack):
-        return self.model(self.embed(p.input_ids, p.pixels, p.grids, p.image_rows), p.positions, p.docs, self.impl,
-                          labels=p.labels, experts=p.experts)
+        x_TD = self.embed(p.input_ids, p.pixels, p.grids, p.image_rows, p.image_from)
+        return self.model(x_TD, p.positions, p.docs, self.impl, labels=p.labels, experts=p.experts)
 
     def forward(self, p: Pack, entropy: bool | None = None, temperature: float = 1.0):
         """The weighted sum of -log p over the supervised rows and its unweighted twin (both fp32 scalars), or, with
@@ -462,11 +464,12 @@ class Innovator(nn.Module):
         cache = KVCache(self.config, B, longest, device, self.compute_dtype, docs, positions) if use_cache else None
         x = self.embed(flat, pixels, grids)
         last = docs.cu[1:].long() - 1
-        new, alive, logps, read = [[] for _ in range(B * n)], [True] * B * n, [[] for _ in range(B * n)], []
+        new, alive, logps = [[] for _ in range(B * n)], [True] * B * n, [[] for _ in range(B * n)]
+        rows, read = list(range(B * n)), []  # the sequence of every row of the batch; its choices of experts
         for _ in range(max_new_tokens):
             labels = torch.full((len(x),), len(self.config.expert_groups), device=device) if experts else None
             h, routing = self.model(x, positions, docs, impl, cache, labels)
-            read += [routing[2].transpose(0, 1)] if experts else []  # [prompts' tokens or B n, L, k]
+            read += [(rows, routing[2].transpose(0, 1))] if experts else []  # [prompts' tokens or rows, L, k]
             logits = self.lm_head(h[last]).float()  # [B n, V]
             if n > 1 and len(logits) == B:
                 logits = logits.repeat_interleave(n, 0)
@@ -474,15 +477,19 @@ class Innovator(nn.Module):
             ids = sample(logits, temperature, top_p, top_k, generator)
             said = (logits / (temperature or 1)).log_softmax(-1).gather(1, ids[:, None])[:, 0].tolist() if logprobs \
                 else ()
-            for b, t in enumerate(ids.tolist()):
+            for k, (b, t) in enumerate(zip(rows, ids.tolist())):
                 if alive[b]:
                     new[b].append(t)
-                    logps[b] += said[b:b + 1]
+                    logps[b] += said[k:k + 1]
                     alive[b] = t not in stop_ids
                     if on_token:
                         on_token(b, t)
             if not any(alive):
                 break
+            if use_cache and 2 * sum(alive) <= len(rows):  # those that ended leave the batch
+                stay = torch.tensor([k for k, b in enumerate(rows) if alive[b]], device=device)
+                rows, ids = [b for b in rows if alive[b]], ids[stay]
+                cache.keep(stay)
             if use_cache:
                 positions = cache.step()
                 x, last = self.model.embed_tokens(ids), slice(None)
@@ -498,11 +505,13 @@ class Innovator(nn.Module):
     @staticmethod
     def _choices(read, prompts, new):
         """The experts of every token that generate read, one array a continuation."""
-        of_prompts = read[0].cpu().split([len(p) for p in prompts])
-        none = read[0].new_empty(len(new), 0, *read[0].shape[1:])
-        later = (torch.stack(read[1:], 1) if len(read) > 1 else none).cpu()  # [B n, steps, L, k]
-        return [torch.cat([of_prompts[b * len(prompts) // len(new)], later[b, :len(ids) - 1]]).numpy()
-                for b, ids in enumerate(new)]
+        of_prompts = read[0][1].cpu().split([len(p) for p in prompts])
+        chosen = [[of_prompts[b * len(prompts) // len(new)]] for b in range(len(new))]
+        for rows, choices in read[1:]:
+            for b, own in zip(rows, choices.cpu().split(1)):
+                chosen[b].append(own)
+        return [torch.cat(c)[:len(p) + len(ids) - 1].numpy()
+                for c, ids, p in zip(chosen, new, (p for p in prompts for _ in range(len(new) // len(prompts))))]
 
 
 class KVCache:
@@ -519,6 +528,10 @@ class KVCache:
     def repeat(self, n: int) -> None:
         """After the prompts: n continuations of each."""
         self.k, self.v, self.next = (x.repeat_interleave(n, d) for x, d in ((self.k, 1), (self.v, 1), (self.next, 0)))
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """These sequences only."""
+        self.k, self.v, self.next = self.k[:, rows], self.v[:, rows], self.next[rows]
 
     def layer(self, i: int) -> "KVCache":
         self.i = i
@@ -546,6 +559,8 @@ def sample(logits_BV, temperature: float, top_p: float, top_k: int, generator) -
     """Next ids [B]: greedy at temperature 0; otherwise from the k most likely whose mass before them is below top_p."""
     if temperature == 0:
         return logits_BV.argmax(-1)
+    if top_p >= 1 and not top_k:
+        return torch.multinomial((logits_BV / temperature).softmax(-1), 1, generator=generator)[:, 0]
     logits, order = (logits_BV / temperature).sort(-1, descending=True)
     p = logits.softmax(-1)
     drop = p.cumsum(-1) - p >= top_p  # the first token always stays

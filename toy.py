@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from common import UserError, command, parse, run, write_json
 
-ROWS = dict(pretrain=6000, pretrain_val=360, align=3000, mid=14000, instruct=16000, rl=2000)  # at scale 1
+ROWS = dict(pretrain=6000, pretrain_val=360, align=3000, mid=14000, instruct=16000, rl=8000)  # at scale 1
 HELD_OUT, HELD_OUT_GENERAL = 60, 40  # picture questions a discipline, text-only general questions; at scale 1
 VOCABULARY = 1024  # tokens, the special ones included
 MULTIPLE_CHOICE = 0.2  # share of the questions with four or more answers that get options: a tenth of all questions
@@ -591,7 +591,7 @@ def instruct_row(rng, i: int) -> dict:
 
 def rl_row(rng, i: int) -> dict:
     scene, name = draw(make_scene, rng, DISCIPLINES[i % 8], False), f"rl_{i:06d}"
-    q = some_questions(rng, scene, 1)[0]
+    q = rng.choice(scene.questions)  # open: letters are guessed at this size, and a guess that is paid for is noise
     return {"id": name, "images": [png(scene.image, name)], "problem": "<image>\n" + q.prompt, "answer": [q.answer],
             "problem_type": "counting" if q.answer_type == "number" else "stem", "answer_type": q.answer_type,
             "source": scene.discipline, "prompt_type": "normal"}

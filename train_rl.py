@@ -28,8 +28,10 @@ released configs/innovator-vl-8b-gspo.yaml.
 Departures
 1. 'upstream' is the released yaml, whose one update a batch makes its ratio 1 and its clip idle; it also sums a
    sequence loss over tokens. 'gspo-paper' has four updates, 3e-4 and 4e-4, and every response weighs the same.
-2. Advantages are normalised once, inside the group; the released code normalises over the batch again.
-3. Sampling is at top_p 1 without top_k, so that the engine's and the trainer's probabilities are of one distribution.
+2. Responses with advantage 0 count in the denominators, but are not run: entropy, clip share, ratios and the gap to
+   the engine are of the others.
+3. Advantages are normalised once, inside the group; the released code normalises over the batch again.
+4. Sampling is at top_p 1 without top_k, so that the engine's and the trainer's probabilities are of one distribution.
 """
 import contextlib
 import json
@@ -37,14 +39,13 @@ import math
 import os
 import re
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import common
@@ -53,7 +54,7 @@ import moe
 import rewards
 import train_sft
 from common import UserError, is_rank0, print0, rank, world
-from data import (BadRow, Dataset, Doc, Limits, Tokenizer, best_fit_decreasing, collate, encode, normalise, permutation,
+from data import (MERGE, BadRow, Dataset, Doc, Limits, Tokenizer, best_fit_decreasing, collate, encode, permutation,
                   to_device)
 from model import Innovator, checkpoint_folder, gathered
 
@@ -100,8 +101,9 @@ class Config:
     verifiers: int = 2  # processes a rank that verify responses
     verify_seconds: float = 30.0  # one response's verification may take
     shuffle_rewards: bool = False  # control: every response gets the reward of another one of the batch
-    lr: float | None = None  # * constant after the warm-up
+    lr: float | None = None  # * constant between warm-up and decay
     warmup: int = 10  # updates
+    decay: float = 0.0  # share of the steps, the last ones, over which lr falls linearly to 0
     weight_decay: float = 0.01  # on matrices only
     beta2: float = 0.999  # Adam
     clip: float = 1.0  # largest gradient norm
@@ -148,6 +150,8 @@ class Config:
 def advantages(rewards_PG: torch.Tensor, divide_by_std: bool) -> torch.Tensor:
     """Reward minus the group's mean, over its standard deviation (unbiased) if asked. [prompts, G] -> the same."""
     centred = rewards_PG - rewards_PG.mean(1, keepdim=True)
+    # NOTE rounding leaves a group of equal rewards 6e-8, which the division makes 6e-3 and Adam a step
+    centred = centred.masked_fill(rewards_PG.amax(1, keepdim=True) - rewards_PG.amin(1, keepdim=True) < 1e-6, 0)
     return centred / (rewards_PG.std(1, keepdim=True) + 1e-5) if divide_by_std else centred
 
 
@@ -298,21 +302,25 @@ def verify(c, verifiers: rewards.Verifiers, responses: list[Response], drawn: li
 class Batch:
     """One micro-batch of responses on the device: the pack, and for every response token what the loss needs."""
     pack: object
-    responses: float  # that carry loss, known on the host
-    tokens: float  # of these
+    copy: torch.Tensor  # [N] its row among those that the pack supervises: equal responses to a prompt run once
     sequence: torch.Tensor  # [N] number of its response in this micro-batch
     lengths: torch.Tensor  # [S]
     advantage: torch.Tensor  # [N]
     mask: torch.Tensor  # [N] 0: no loss
     engine: torch.Tensor  # [N]
-    chosen: torch.Tensor | None = None  # [L, T, k] best experts under the old policy
+    chosen: torch.Tensor | None = None  # [L, T, k] best experts under the old policy, -1 for padding
     old: torch.Tensor | None = None  # [N]
     first: torch.Tensor | None = None  # [N] under the first model, with kl
 
 
 def micro_batches(c: Config, responses: list[Response], model: Innovator, tok: Tokenizer, device) -> list[Batch]:
-    """Responses packed to --pack tokens; all ranks get as many, the missing ones empty, so that collectives line up."""
-    lengths = np.array([len(r.doc.ids) for r in responses], dtype=np.int64)
+    """Responses packed to --pack tokens; all ranks get as many, the missing ones empty, so that collectives line up.
+    Equal responses to a prompt run once; a picture of several responses goes through the tower once a pack."""
+    same = {}
+    for r in responses:
+        same.setdefault((r.prompt, r.doc.ids.tobytes()), []).append(r)
+    same = list(same.values())
+    lengths = np.array([len(rs[0].doc.ids) for rs in same], dtype=np.int64)
     packs = best_fit_decreasing(lengths, max(c.pack, int(lengths.max(initial=1)))) if len(lengths) else []
     most = torch.tensor(len(packs))
     dist.all_reduce(most, op=dist.ReduceOp.MAX)
@@ -321,25 +329,45 @@ def micro_batches(c: Config, responses: list[Response], model: Innovator, tok: T
     names = config.expert_groups if config.num_experts else None
     out = []
     for p in packs:
-        some = [responses[k] for k in np.sort(p)]
-        data = collate([r.doc for r in some], tok.pad, tok.image_pad, 0, "token", config.vision is not None)
+        once = [same[k] for k in np.sort(p)]
+        some, ends = [r for rs in once for r in rs], np.cumsum([len(rs[0].engine) for rs in once], dtype=np.int64)
+        copy = [np.arange(end - len(r.engine), end) for rs, end in zip(once, ends) for r in rs]
+        docs, first_row, image_from, at = [], {}, [], 0
+        for r in (rs[0] for rs in once):
+            merged = sum(t * h * w for t, h, w in r.doc.grids) // MERGE ** 2
+            docs.append(replace(r.doc, pixels=None, grids=[]) if r.prompt in first_row else r.doc)
+            image_from.append(np.arange(merged) + first_row.setdefault(r.prompt, at))
+            at += merged if docs[-1] is r.doc else 0
+        data = collate(docs, tok.pad, tok.image_pad, 0, "token", config.vision is not None)
         n = np.array([len(r.engine) for r in some], dtype=np.int64)
         keep = [0.0 if r.error or c.mask_truncated and r.truncated else 1.0 for r in some]
         spread = lambda x: torch.from_numpy(np.repeat(np.array(x, dtype=np.float32), n)).to(device)
         pack = to_device(data, device, model.impl, model.mixed_dtype, names)
+        if at:
+            pack.image_from = torch.from_numpy(np.concatenate(image_from)).to(device)
         if c.replay == "engine":  # the last token of a response was never read
             experts = np.full((len(data.ids), config.num_hidden_layers, config.num_experts_per_tok), -1, np.int16)
             start = 0
-            for r in some:
+            for r in (rs[0] for rs in once):
                 experts[start:start + len(r.experts)] = r.experts
                 start += len(r.doc.ids)
             pack.experts = torch.from_numpy(experts).to(device).transpose(0, 1)
         out.append(Batch(
-            pack, sum(keep), float(n @ np.array(keep)),
+            pack, torch.from_numpy(np.concatenate([*copy, np.zeros(0, np.int64)])).to(device),
             torch.from_numpy(np.repeat(np.arange(len(some)), n)).to(device), torch.from_numpy(n).float().to(device),
             spread([r.advantage for r in some]), spread(keep),
             torch.from_numpy(np.concatenate([r.engine for r in some] + [np.zeros(0, np.float32)])).to(device)))
     return out
+
+
+def update_part(c: Config, responses: list[Response], model, tok, device) -> tuple[list[Batch], tuple]:
+    """The micro-batches of one update, and what update() counts. A response with advantage 0 has no gradient: it
+    counts in the denominators, but does not run (with a KL term all run; without any other, one does)."""
+    def carries(r): return not (r.error or c.mask_truncated and r.truncated)
+    run = [r for r in responses if c.kl or r.advantage and carries(r)] or responses[:1]
+    counting = [r for r in responses if carries(r)]
+    return micro_batches(c, run, model, tok, device), (
+        len(counting), sum(len(r.engine) for r in counting), sum(len(r.engine) for r in run if carries(r)))
 
 
 @torch.no_grad()
@@ -348,9 +376,11 @@ def recompute_old(model, batches: list[Batch], c: Config) -> dict:
     would choose. -> how these differ from the engine's, if it tells them"""
     sums = torch.zeros(4, dtype=torch.float64, device=batches[0].mask.device)
     for b in batches:
-        b.old, _, routing = model(b.pack, entropy=False, temperature=c.temperature)
+        logp, _, routing = model(b.pack, entropy=False, temperature=c.temperature)
+        b.old = logp[b.copy]
         if routing:
-            b.chosen = routing[2]
+            padding_T = b.pack.labels > len(model.config.expert_groups)
+            b.chosen = routing[2].masked_fill(padding_T[:, None], -1)
             if c.replay == "engine":
                 sums += rerouted(b.chosen, b.pack.experts)
             elif c.replay == "old":
@@ -362,18 +392,19 @@ def recompute_old(model, batches: list[Batch], c: Config) -> dict:
     return {"engine_routers": pairs / max(of_pairs, 1), "engine_rerouted": tokens / max(of_tokens, 1)}
 
 
-def update(c: Config, model, optimizer, batches: list[Batch], lr: float) -> dict:
-    """One optimizer step on these micro-batches; statistics are sums over tokens, reduced over ranks."""
+def update(c: Config, model, optimizer, batches: list[Batch], counted: tuple, lr: float) -> dict:
+    """One optimizer step on these micro-batches; statistics are sums over tokens, reduced over ranks. counted: this
+    rank's responses and tokens that count in the denominators, and the tokens of those that run."""
     device = batches[0].mask.device
-    # responses and tokens that carry loss, over ranks: the denominators
-    counts = torch.tensor([sum(b.responses for b in batches), sum(b.tokens for b in batches)], dtype=torch.float64)
+    counts = torch.tensor(counted, dtype=torch.float64)
     dist.all_reduce(counts)
-    responses, tokens = counts.tolist()
+    responses, tokens, ran = counts.tolist()
     below = max(denominator(c.reduce, responses, tokens, c.max_new_tokens), 1)
     sums = torch.zeros(6, dtype=torch.float64, device=device)  # loss, clipped, entropy, ratio, k3 to first, kept by cap
     moved, load, top = torch.zeros(4, dtype=torch.float64, device=device), None, torch.zeros((), device=device)
     for b in batches:
         logp, entropy, routing = model(b.pack, entropy=True, temperature=c.temperature)
+        logp, entropy = logp[b.copy], entropy[b.copy]
         loss, clipped = policy_loss(c.loss, logp, b.old, b.advantage, b.sequence, b.lengths, c.low, c.high)
         weight = correction_weight(b.old, b.engine, c.correction, c.cap, b.sequence, b.lengths)
         loss = loss * weight
@@ -405,7 +436,7 @@ def update(c: Config, model, optimizer, batches: list[Batch], lr: float) -> dict
     optimizer.zero_grad(set_to_none=True)
     names = ("clip_share", "entropy", "ratio_mean", "kl_first", "corrected_kept")
     row = {"loss": loss, "grad_norm": norm, "ratio_max": top,
-           **{k: v / max(tokens, 1) for k, v in zip(names, per_token)}}
+           **{k: v / max(ran, 1) for k, v in zip(names, per_token)}}
     if load is None:
         return row
     dist.all_reduce(load)
@@ -481,7 +512,7 @@ def generate_ahead(c: Config, link, engine, config, dtype, tok, number: int, ste
 
     def between():
         alive()
-        link.poll(engine, config, dtype)
+        link.poll(engine, config, dtype, alive)
     with rewards.Verifiers(c.verifiers) as verifiers:
         try:
             while True:
@@ -610,6 +641,7 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
         trim_rollouts(out / "rollouts.txt", step)
     alive = common.watchdog(c.patience, "the run")
     asked, stop, saved = common.on_sigterm(), False, step
+    def rate(): return c.lr * min(1.0, updates / max(c.warmup, 1), (c.steps - step) / max(c.decay * c.steps, 1))
     bar = tqdm(total=c.steps, initial=step, desc=c.recipe, disable=None if is_rank0() else True)
     while step < c.steps and not stop:
         t0 = now(device)
@@ -629,18 +661,18 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
         alive()
         # neighbours, so that groups stay together; a rank whose part is empty still runs empty micro-batches
         ends = [len(responses) * k // c.updates for k in range(c.updates + 1)]
-        parts = [micro_batches(c, responses[a:b], model, tok, device) for a, b in zip(ends, ends[1:])]
-        parts = [p for p in parts if p]
-        every, stats = [b for p in parts for b in p], []
+        parts = [update_part(c, responses[a:b], model, tok, device) for a, b in zip(ends, ends[1:])]
+        parts = [(batches, counted) for batches, counted in parts if batches]
+        every, stats = [b for batches, _ in parts for b in batches], []
         if every:
             row |= recompute_old(model, every, c) | gap(every)
             if first is not None:
                 with torch.no_grad():
                     for b in every:
-                        b.first, _, _ = first(b.pack, entropy=False, temperature=c.temperature)
-        for part in parts:
+                        b.first = first(b.pack, entropy=False, temperature=c.temperature)[0][b.copy]
+        for batches, counted in parts:
             updates += 1
-            stats.append(update(c, model, optimizer, part, c.lr * min(1.0, updates / max(c.warmup, 1))))
+            stats.append(update(c, model, optimizer, batches, counted, rate()))
             alive()
         t2 = now(device)
         step += 1
@@ -667,7 +699,7 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
                "length": tokens / max(n, 1), "truncated": truncated / max(n, 1),
                "verifier_errors": int(errors - spoilt), "engine_errors": int(spoilt), "responses": int(n),
                "made": int(made), "bad_rows": int(bad), "equal_groups": equal / max(groups, 1),
-               "lr": c.lr * min(1.0, updates / max(c.warmup, 1)), **row,
+               "lr": rate(), **row,
                **{k: sum(s[k] for s in stats) / len(stats) for k in (stats[0] if stats else ())},
                "generate_s": t1 - t0, "train_s": t2 - t1, "sync_s": t3 - t2, "tok_s": tokens / (t3 - t0)}
         if device.type == "cuda":
@@ -683,13 +715,15 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
             saved = step
         alive()
     bar.close()
+    if link:
+        link.finish()
     if c.save_every and step > saved:  # a SIGTERM came while the generating ranks were waited for
         train_sft.save(c, model, optimizer, step, {"cursor": cursor, "updates": updates})
     if is_rank0():
         picture = common.plot_metrics(out, ("reward", "length", "entropy", "gap_mean")) if step else ""
-        print(f"wrote {common.latest(out)}, {out / 'metrics.jsonl'}, {out / 'rollouts.txt'}, {picture}")
+        print(f"wrote {common.latest(out) or 'no checkpoint'}, {log.path}, {out / 'rollouts.txt'}, {picture}")
         print(f"stopped at step {step} of {c.steps}; go on with --resume" if step < c.steps else
-              f"next: python evaluate.py {c.out}")
+              f"next: python evaluate.py {c.out}" if c.save_every else "next: the same without --save-every 0")
 
 
 if __name__ == "__main__":

@@ -319,10 +319,12 @@ def stop_non_finite(c: Config, step: int, packs: list, losses: list[float], norm
 
 def save(c, model, optimizer, step: int, trainer: dict) -> None:
     """step_XXXXXXXX/ of a run; `trainer`: what its script needs to go on. Older ones than --keep are removed."""
-    with common.atomic_dir(Path(c.out) / f"step_{step:08d}") as tmp:
+    folder = Path(c.out) / f"step_{step:08d}"
+    with common.atomic_dir(folder) as tmp:
         save_weights(model, tmp, model.mixed_dtype)
         common.save_state(model, optimizer, tmp, {"step": step, "world": world(), "config": asdict(c),
                                                   "commit": common.commit(), **trainer})
+    model.assets = model.assets and folder  # the checkpoint that the run was resumed from may go now
     if is_rank0():
         for old in sorted(Path(c.out).glob("step_????????"))[:-c.keep]:
             common.remove_dir(old)

@@ -1,16 +1,30 @@
-"""train_rl.py: its objectives against sums written out by hand, and whole runs with the engine in plain torch."""
+"""train_rl.py: its objectives against sums written out by hand, generation and routing replay against full forward
+passes, and whole runs with the engine in plain torch."""
 import json
 import math
+import os
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import launch
-from test_model import close
-from test_train import assert_same_state, losses
+from test_model import close, pack_of
+from test_moe import SMALL, labelled_pack, lively
+from test_train import assert_same_state
+from test_upcycle import here
 
+import common
+import moe
+import rewards
 import train_rl
-from data import Tokenizer
+import train_sft
+from data import Doc, Tokenizer
 from model import PRESETS, Innovator
+from vision import VisionConfig
 
 LENGTHS = [3, 1, 2]  # a response each; advantages, ratios in and out of the clip on both sides
 ADVANTAGE = [1.0, -0.5, -2.0]
@@ -72,31 +86,199 @@ def test_advantages_punishment_and_corrections():
     close(train_rl.correction_weight(old, engine, "mask", 2.0), torch.tensor([1, 0, ratio[2]]), 1e-7)
 
 
+def test_corrections_of_whole_responses_by_hand():
+    """Three responses of 2, 1 and 3 tokens whose log ratios sum to 0.5, 1.5 and -0.75."""
+    lengths, sequence = torch.tensor([2.0, 1, 3]), torch.tensor([0, 0, 1, 2, 2, 2])
+    old = torch.tensor([-1.0, -2, -0.5, -1, -1, -1])
+    engine = old - torch.tensor([1.5, -1, 1.5, -0.25, 0.5, -1])
+    def weight(kind, cap): return train_rl.correction_weight(old, engine, kind, cap, sequence, lengths)
+    by_response = [math.exp(0.5)] * 2 + [math.exp(1.5)] + [math.exp(-0.75)] * 3
+    close(weight("sequence-truncate", 2.0), torch.tensor([min(w, 2.0) for w in by_response]), 1e-6)
+    close(weight("sequence-mask", 2.0), torch.tensor([w if w <= 2 else 0.0 for w in by_response]), 1e-6)
+    close(weight("sequence-mask", 5.0), torch.tensor(by_response), 1e-5)
+    far = train_rl.correction_weight(old + 500, engine, "sequence-truncate", 2.0, sequence, lengths)
+    assert far.tolist() == [2.0] * 6  # exp would overflow
+    assert not train_rl.correction_weight(old + 500, engine, "sequence-mask", 2.0, sequence, lengths).any()
+
+
+# ---- generation -----------------------------------------------------------------------------------------------------
+EYES = replace(SMALL, vision=VisionConfig(depth=2, embed_dim=32, num_heads=2, intermediate_size=48),
+               token_ids=SMALL.token_ids | {"image_token_id": 7})
+PROMPTS = [[5, 7, 7, 6], [100], [9, 7, 7, 3, 7, 7, 7, 7, 2], [3, 1, 4, 1, 5]]  # 7: pictures, mixed with plain text
+IMAGES = [(1, 2, 4), (1, 2, 4), (1, 4, 4)]
+OF_PROMPT = [[0], [], [1, 2], []]
+
+
+def eyes():
+    model = lively(EYES, seed=2)
+    torch.manual_seed(0)
+    torch.nn.init.orthogonal_(model.model.embed_tokens.weight, 8)  # or greedy decoding repeats itself
+    torch.nn.init.orthogonal_(model.lm_head.weight)
+    return model, [torch.randn(math.prod(g), 588) for g in IMAGES]
+
+
+def generate(model, patches, prompts, which, **how):
+    """which: the pictures of every prompt."""
+    some = [i for own in which for i in own]
+    return model.generate(prompts, torch.cat([patches[i] for i in some]), [IMAGES[i] for i in some],
+                          max_new_tokens=9, **how)
+
+
+def test_n_continuations_are_those_of_the_prompt_n_times():
+    model, patches = eyes()
+    thrice, which = [p for p in PROMPTS for _ in range(3)], [w for w in OF_PROMPT for _ in range(3)]
+    once = generate(model, patches, PROMPTS, OF_PROMPT)
+    assert len({t for new in once for t in new}) > 6
+    assert generate(model, patches, PROMPTS, OF_PROMPT, n=3) == [new for new in once for _ in range(3)]
+    how = dict(temperature=1.5, seed=11, logprobs=True, stop_ids=range(0, 128, 7))  # the same dice
+    a, b = generate(model, patches, PROMPTS, OF_PROMPT, n=3, **how), generate(model, patches, thrice, which, **how)
+    assert a[0] == b[0] and len({tuple(new) for new in a[0]}) > 6 and len({len(new) for new in a[0]}) > 3
+    close(torch.tensor(sum(a[1], [])), torch.tensor(sum(b[1], [])), 1e-4)
+
+
+def test_generated_probabilities_and_experts_are_those_of_a_full_forward():
+    model, patches = eyes()
+    new, logps, experts = generate(model, patches, PROMPTS, OF_PROMPT, n=3, temperature=1.5, seed=11, logprobs=True,
+                                   experts=True, stop_ids=range(0, 128, 7))
+    assert 1 in map(len, new) and 9 in map(len, new)  # one that ends at once, one that is cut
+    for b, (ids, logp, chosen) in enumerate(zip(new, logps, experts)):
+        prompt, pictures = PROMPTS[b // 3], OF_PROMPT[b // 3]
+        pack = pack_of(model, [prompt + ids], [(patches[i], IMAGES[i]) for i in pictures])
+        pack.labels = torch.zeros(len(prompt + ids), dtype=torch.long)
+        with torch.no_grad():
+            full, _, routing = model(pack, entropy=False, temperature=1.5)
+        close(torch.tensor(logp), full[len(prompt) - 1:], 1e-4)
+        assert chosen.shape == (len(prompt) + len(ids) - 1, 2, 2) and chosen.dtype == np.int16
+        assert np.array_equal(chosen, routing[2].transpose(0, 1)[:-1].numpy())
+
+
+# ---- routing replay -------------------------------------------------------------------------------------------------
+def test_replayed_experts_weigh_live_logits():
+    """The layer with given experts is the loop with them and a softmax over the live logits there; rows of -1 go
+    where the logits are largest."""
+    torch.manual_seed(0)
+    layer, x, g = lively(SMALL).model.layers[0].mlp, torch.randn(30, 32), torch.randn(30, 32)
+    given = torch.rand(30, 8).argsort(1)[:, :2].to(torch.int16)
+    given[::5] = -1
+    y, (_, counts, best) = layer(x, torch.zeros(30, dtype=torch.long), given)
+    logits = x @ layer.gate.weight.T
+    live = logits.topk(2).indices
+    chosen = torch.where(given < 0, live, given.long())
+    assert torch.equal(best.long(), live) and (chosen != live).any(1).sum() > 15
+    weights = torch.stack([logits[t, chosen[t]].softmax(0) for t in range(30)])
+    want = moe.loop_experts(x, layer.experts.gate_up_proj, layer.experts.down_proj, weights, chosen)
+    close(y, want + layer.shared_expert(x), 1e-5)
+    assert counts.sum(0).tolist() == chosen.flatten().bincount(minlength=8).tolist()  # loads are those that worked
+    grads = [torch.autograd.grad(out, list(layer.parameters()), g) for out in (y, want + layer.shared_expert(x))]
+    for (name, _), a, b in zip(layer.named_parameters(), *grads):
+        assert b.any(), name
+        close(a, b, 1e-4)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_replay_holds_through_recomputation_and_other_routers(recompute):
+    """The gradients are those without recomputation, and of the given experts alone, also once the routers are
+    others."""
+    found = []
+    for mode in ("none", recompute):
+        model = lively(replace(SMALL, num_experts=16, moe_intermediate_size=8))
+        pack = labelled_pack(model, (6, 2))
+        pack.rows, pack.targets, pack.weights = torch.arange(8), torch.arange(8), torch.ones(8)
+        _, _, routing = model(pack)
+        pack.experts = routing[2]
+        torch.manual_seed(1)
+        for block in model.model.layers:
+            block.mlp.gate.weight.data.copy_(torch.randn(16, 32))
+        train_sft.prepare_blocks(model, mode, False)
+        loss, _, after = model(pack)
+        pairs, of_pairs, tokens, of_tokens = train_rl.rerouted(after[2], routing[2]).tolist()
+        assert (of_pairs, of_tokens) == (16, 8) and pairs > 12 and tokens > 6
+        found.append(torch.autograd.grad(loss, list(model.parameters())))
+        for layer, block in enumerate(model.model.layers):
+            k = [p is block.mlp.experts.down_proj for p in model.parameters()].index(True)
+            used = set(found[-1][k].flatten(1).any(1).nonzero()[:, 0].tolist())
+            assert used == set(routing[2][layer].flatten().tolist()) != set(after[2][layer].flatten().tolist())
+    for a, b in zip(*found):
+        close(a, b, 1e-5)
+
+
+def test_rerouted_by_hand():
+    """Two layers, four tokens, top 2; an order is no difference, a row of -1 counts nowhere."""
+    a = torch.tensor([[[0, 1], [2, 3], [4, 5], [6, 7]], [[0, 1], [2, 3], [4, 5], [6, 7]]])
+    b = torch.tensor([[[1, 0], [2, 4], [5, 4], [-1, -1]], [[0, 1], [3, 5], [4, 6], [-1, -1]]])
+    assert train_rl.rerouted(a, b).tolist() == [3, 6, 2, 3]
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+class Spread:
+    """In place of rewards.Verifiers: rewards that differ inside a group, from the text alone."""
+    def __init__(self, n):
+        pass
+
+    def score_many(self, items, timeout):
+        return [rewards.Result(x, x, 0.0, "") for x in (sum(map(ord, i["response"])) % 5 / 4 for i in items)]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Runs in this process: Spread rewards, and no watchdog that outlives them."""
+    monkeypatch.setattr(rewards, "Verifiers", Spread)
+    monkeypatch.setattr(common, "watchdog", lambda *_: lambda: None)
+    return monkeypatch
+
+
+def saved(config, toy, folder, lively_seed=0):
+    """A checkpoint with random weights and the toy's tokenizer."""
+    tok = Tokenizer(toy / "tokenizer")
+    config = replace(config, token_ids=tok.token_ids())
+    model = lively(config, lively_seed) if lively_seed else Innovator.from_config(config, seed=1)
+    model.assets = toy / "tokenizer"
+    model.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def policy(toy, tmp_path_factory):
     """A vision-language model with random weights that says short things now and then."""
-    tok = Tokenizer(toy / "tokenizer")
-    config = PRESETS["tiny"]
-    model = Innovator.from_config(type(config)(**{**vars(config), "token_ids": tok.token_ids()}), seed=1)
-    model.assets = toy / "tokenizer"
-    out = tmp_path_factory.mktemp("policy") / "model"
-    model.save_pretrained(out)
-    return out
+    return saved(PRESETS["tiny"], toy, tmp_path_factory.mktemp("policy") / "model")
+
+
+@pytest.fixture(scope="session")
+def experts(toy, tmp_path_factory):
+    """A mixture of experts whose routing is lively."""
+    config = replace(PRESETS["tiny-moe"], hidden_size=64, num_hidden_layers=2, head_dim=16, num_experts_per_tok=2,
+                     num_experts=8, vision=VisionConfig(depth=1, embed_dim=32, num_heads=2, intermediate_size=48))
+    return saved(config, toy, tmp_path_factory.mktemp("experts") / "model", lively_seed=3)
+
+
+def arguments(policy, toy, out, *args):
+    return ("--model", policy, "--data", toy / "rl", "--out", out, "--prompts", 4, "--group", 4, "--max-new-tokens", 6,
+            "--pack", 512, "--lr", "1e-4", "--recompute", "none", "--plain", "--save-every", 2, *args)
 
 
 def rl(policy, toy, out, *args, **how):
-    return launch("train_rl.py", "--model", policy, "--data", toy / "rl", "--out", out, "--prompts", 4, "--group", 4,
-                  "--max-new-tokens", 6, "--pack", 512, "--lr", "1e-4", "--recompute", "none", "--plain",
-                  "--save-every", 2, *args, **how)
+    return launch("train_rl.py", *arguments(policy, toy, out, *args), **how)
 
 
 def rows(out): return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("recipe, nproc", [("gspo-paper", 2), ("dapo", 1), ("upstream", 1), ("dr-grpo", 1), ("cispo", 1)])
-def test_every_recipe_runs_and_its_engine_agrees_with_the_trainer(policy, toy, tmp_path, recipe, nproc):
+@pytest.mark.parametrize("recipe, nproc", [("gspo-paper", 2), ("dapo", 1), ("upstream", 1), ("dr-grpo", 1),
+                                           ("cispo", 1)])
+def test_every_recipe_runs_and_its_engine_agrees_with_the_trainer(policy, toy, tmp_path, recipe, nproc, monkeypatch):
     more = ("--updates", 2, "--overlong", 2) if recipe == "dapo" else ()
-    rl(policy, toy, tmp_path / "x", "--recipe", recipe, "--steps", 2, "--kl", 0.1, *more, nproc=nproc)
+    args = ("--recipe", recipe, "--steps", 2, "--kl", 0.1, *more)
+    if nproc > 1:
+        rl(policy, toy, tmp_path / "x", *args, nproc=nproc)
+    else:
+        monkeypatch.setattr(common, "watchdog", lambda *_: lambda: None)  # it would outlive this run in this process
+        assert here(train_rl, *arguments(policy, toy, tmp_path / "x", *args)) == 0
     for row in rows(tmp_path / "x"):
         if recipe == "dapo" and not row["responses"]:  # no group has a spread: asks ten times more, updates nothing
             assert row["made"] == 11 * 16 and row["equal_groups"] == 1 and "grad_norm" not in row
@@ -105,15 +287,118 @@ def test_every_recipe_runs_and_its_engine_agrees_with_the_trainer(policy, toy, t
     assert (tmp_path / "x" / "rollouts.txt").exists()
 
 
-def test_interrupted_equals_straight_bitwise(policy, toy, tmp_path):
-    straight, cut = tmp_path / "straight", tmp_path / "cut"
-    rl(policy, toy, straight, "--recipe", "gspo-paper", "--steps", 4)
-    rl(policy, toy, cut, "--recipe", "gspo-paper", "--steps", 2)
-    rl(policy, toy, cut, "--recipe", "gspo-paper", "--steps", 4, "--resume")
-    assert losses(cut) == losses(straight)
-    keys = ("reward", "length", "gap_mean", "ratio_max", "grad_norm")
-    assert [[r[k] for k in keys] for r in rows(cut)] == [[r[k] for k in keys] for r in rows(straight)]
+class Killed(BaseException):
+    pass
+
+
+def test_killed_and_resumed_equals_straight(policy, toy, tmp_path, quick):
+    """The run dies after step 3, with a line of each file half written, and goes on from step 2: weights, moments,
+    metrics but for the times, and rollouts.txt are bitwise those of a straight run."""
+    straight, cut, write = tmp_path / "straight", tmp_path / "cut", train_rl.write_rollouts
+    args = ("--recipe", "gspo-paper", "--steps", 4, "--lr", "1e-3", "--save-every", 1, "--keep", 1)
+
+    def die(file, step, *more):
+        write(file, step, *more)
+        if step == 3:
+            for name in ("rollouts.txt", "metrics.jsonl"):
+                with open(cut / name, "a") as f:
+                    f.write('==== step 4, "x' if name == "rollouts.txt" else '{"step": 4, "rew')
+            raise Killed
+    assert here(train_rl, *arguments(policy, toy, straight, *args)) == 0
+    quick.setattr(train_rl, "write_rollouts", die)
+    with pytest.raises(Killed):
+        here(train_rl, *arguments(policy, toy, cut, *args))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    quick.setattr(train_rl, "write_rollouts", write)
+    assert here(train_rl, *arguments(policy, toy, cut, *args, "--resume")) == 0
+    times = ("generate_s", "train_s", "sync_s", "tok_s")
+    a, b = ([{k: v for k, v in r.items() if k not in times} for r in rows(x)] for x in (straight, cut))
+    assert a == b and len({r["reward"] for r in a}) > 1 and all(r["grad_norm"] > 0.01 for r in a)
+    assert (straight / "rollouts.txt").read_text() == (cut / "rollouts.txt").read_text()
+    assert re.findall(r"^==== step (\d)", (cut / "rollouts.txt").read_text(), re.M) == list("11223344")
     assert_same_state(cut / "step_00000004", straight / "step_00000004")
+
+
+def test_metrics_are_the_means_of_the_responses(policy, toy, tmp_path, quick):
+    made, collect = [], train_rl.collect
+    quick.setattr(train_rl, "collect", lambda *a: made.append(collect(*a)) or made[-1])
+    assert here(train_rl, *arguments(policy, toy, tmp_path / "x", "--recipe", "dr-grpo", "--steps", 3)) == 0
+    for row, (responses, asked, counts, _) in zip(rows(tmp_path / "x"), made, strict=True):
+        def mean(of): return pytest.approx(sum(map(of, responses)) / 16)
+        assert row["reward"] == row["accuracy"] == mean(lambda r: r.reward) and row["responses"] == row["made"] == 16
+        assert row["length"] == mean(lambda r: len(r.engine)) and row["truncated"] == mean(lambda r: r.truncated)
+        by_type = {}
+        for r in responses:
+            by_type.setdefault(asked[r.prompt]["answer_type"], []).append(r.reward)
+        assert row["by_type"] == {k: pytest.approx(sum(v) / len(v)) for k, v in by_type.items()}
+        assert row["verifier_errors"] == row["engine_errors"] == row["bad_rows"] == 0 == counts["bad"]
+    assert len({k for row in rows(tmp_path / "x") for k in row["by_type"]}) > 1
+
+
+@pytest.mark.parametrize("replay", ["none", "old", "engine"])
+def test_the_first_update_has_ratios_of_one(experts, toy, tmp_path, quick, replay):
+    """Every later one moves them; the engine, in fp32, chooses the trainer's own experts."""
+    stats, update = [], train_rl.update
+    quick.setattr(train_rl, "update", lambda *a: stats.append(update(*a)) or stats[-1])
+    assert here(train_rl, *arguments(experts, toy, tmp_path / "x", "--recipe", "grpo", "--updates", 2, "--steps", 1,
+                                     "--lr", "1e-3", "--warmup", 0, "--replay", replay, "--recompute", "full")) == 0
+    first, second = stats
+    assert first["ratio_max"] == 1 and first["ratio_mean"] == pytest.approx(1, abs=1e-12) and first["grad_norm"] > 0.01
+    assert first["old_routers"] == first["old_rerouted"] == 0
+    assert second["ratio_max"] > 1.001 and second["old_routers"] > 0 and second["old_rerouted"] >= second["old_routers"]
+    row, = rows(tmp_path / "x")
+    assert row["gap_mean"] < 1e-5 and row["gap_max"] < 1e-3 and row["corrected_kept"] == 1
+    assert ("engine_routers" in row) == (replay == "engine") and row.get("engine_routers", 0) == 0
+
+
+def two_updates(policy: str, out: str) -> None:
+    """Two updates on eight made-up responses with experts of their own, divided over the ranks. -> out: statistics"""
+    c = train_rl.Config(recipe="gspo-paper", model=policy, data=[], out="", updates=2, replay="engine", low=0.1,
+                        high=0.1, max_new_tokens=7, correction="sequence-truncate", cap=1.5)
+    sft = train_sft.Config(stage="pretrain", model=policy, data=[], out="", dtype="fp32", recompute="full",
+                           compile=False, lr=1e-3, seq_len=1)
+    device = common.init_distributed()
+    model, tok = train_sft.build(sft, device)
+    optimizer, generator, responses = train_sft.adamw(model, sft), np.random.default_rng(0), []
+    for k in range(8):
+        prompt, n = 3 + k, 1 + k % 7
+        ids = generator.integers(10, 200, prompt + n).astype(np.int32)
+        labels = np.where(np.arange(prompt + n) < prompt, -100, ids).astype(np.int32)
+        chosen = generator.random((prompt + n - 1, 2, 8)).argsort(-1)[..., :2].astype(np.int16)
+        responses.append(train_rl.Response(
+            k // 4, Doc(ids, labels, (), None), "", generator.normal(-8, 2, n).astype(np.float32), False, chosen,
+            advantage=float(generator.normal()), error="spoilt" if k == 5 else ""))
+    def parts(pack):
+        some = [responses[k:k + 4][common.rank()::common.world()] for k in (0, 4)]
+        return [train_rl.update_part(replace(c, pack=pack), s, model, tok, device) for s in some]
+    found, first, second = [], parts(20), parts(64)  # other micro-batches, the same sums
+    for step, halves in enumerate((first, second)):
+        every = [b for batches, _ in halves for b in batches]
+        found.append(train_rl.recompute_old(model, every, c) | train_rl.gap(every))
+        found += [train_rl.update(c, model, optimizer, *half, 1e-3) for half in halves]
+    if common.is_rank0():
+        Path(out).write_text(json.dumps(found))
+
+
+def test_two_ranks_update_as_one(experts, tmp_path):
+    """Losses, norms, ratios, gaps and shares of rerouted tokens with replay and a correction, over four updates."""
+    code = f"import sys; sys.path[:0] = {sys.path!r}; import common, test_rl, torch\n" \
+        "torch.set_num_threads(1)\n" \
+        "common.run(lambda: test_rl.two_updates(*sys.argv[1:]))"
+    (tmp_path / "script.py").write_text(code)
+    launch(tmp_path / "script.py", experts, tmp_path / "two.json", nproc=2)
+    try:
+        two_updates(str(experts), str(tmp_path / "one.json"))
+    finally:
+        torch.distributed.destroy_process_group()
+        for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(key, None)
+    one, two = (json.loads((tmp_path / f"{x}.json").read_text()) for x in ("one", "two"))
+    assert len(one) == 6
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
+    assert one[2]["ratio_max"] > 1.01 and one[0]["engine_routers"] > 0.5 and one[1]["loss"] != 0
 
 
 def test_wrong_input_ends_in_one_line(policy, toy, tmp_path):
