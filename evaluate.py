@@ -128,18 +128,6 @@ def chosen(c: Config, name: str, docs: list[dict]) -> list[dict]:
     return [docs[i * len(docs) // c.limit] for i in range(c.limit)] if 0 < c.limit < len(docs) else docs
 
 
-def check_options(docs: list[dict]) -> None:
-    """A question without options among others of its kind that have some cannot be asked."""
-    def kind(d): return d["scorer"], str(d["kw"].get("labels"))
-    kinds = {kind(d) for d in docs if d["options"] and d["scorer"].startswith("choice")}
-    for d in docs:
-        right = d["gold"] if isinstance(d["gold"], list) else [d["gold"]]
-        if not (d["messages"] or d["context"] or d["pairs"]) or not d["options"] and kind(d) in kinds:
-            d["error"] = d["error"] or "no options"
-        elif d["pairs"] and not all(isinstance(g, int) and 0 <= g < len(d["pairs"]) for g in right):
-            d["error"] = d["error"] or f"the right answer {d['gold']} is none of {len(d['pairs'])} options"
-
-
 def deal_images(docs: list[dict]) -> None:
     """Gives each question the picture of another one of its group: a cyclic shift of the distinct pictures in a
     random order."""
@@ -598,7 +586,6 @@ def main() -> None:
         except UserError as e:
             problems[name] = str(e)
             continue
-        check_options(every)
         if c.shuffle_images:
             deal_images(every)
         asked = chosen(c, name, every)

@@ -163,6 +163,8 @@ def ask(template: str, answer: str = "answer", gold=as_text, *, image="image", o
     """
     def load(row: dict, i: int) -> dict:
         shown = options_of(row, options)
+        if shown == []:
+            raise BadRow("no options")
         found = image(row) if callable(image) else pictures(row, row.get(image))
         right = gold(row[answer], shown) if row[answer] not in (None, "", "nan") else None
         fields = {k: plain(v) for k, v in row.items()} | (more(row) if more else {})
@@ -355,6 +357,8 @@ def draw_molecule(row, i):
 def toy(row, i):
     """toy.py's held-out questions."""
     text, options = row["question"], row["options"]
+    if options == []:
+        raise BadRow("no options")
     if options and lines(options) not in text:
         text += f"\n{lines(options)}\n{DIRECT}"
     images = pictures(row, row["image"] or None)
@@ -378,6 +382,8 @@ def letters(description: str, template: str, names: dict[str, str] | None = None
     def load(row, i):
         row = exam(row)
         gold, subject = LETTERS.index(row["answer"]), row["subject"]
+        if gold > 3:
+            raise BadRow(f"the right answer {row['answer']} is none of A to D")
         text = template.format(question=row["question"], options=lines(row["choices"]))
         return document(gold, pairs=[(text, f" {c}") for c in "ABCD"], options="ABCD", group=subject,
                         shot=f"{text} {LETTERS[gold]}",
@@ -392,6 +398,8 @@ def compare(read: Callable[[dict], tuple | None]):
         if (found := read(row)) is None:
             return None
         context, choices, gold, *group = found
+        if not all(0 <= g < len(choices) for g in (gold if isinstance(gold, list) else [gold])):
+            raise BadRow(f"the right answer, number {gold}, is none of {len(choices)} options")
         right = choices[gold[0] if isinstance(gold, list) else gold]
         return document(gold, pairs=[(context, f" {c}") for c in choices], options=choices, shot=f"{context} {right}",
                         group=group and group[0])
@@ -400,6 +408,8 @@ def compare(read: Callable[[dict], tuple | None]):
 
 def arc(row):
     choices = row["choices"]
+    if row["answerKey"] not in choices["label"]:
+        raise BadRow(f"the right answer {row['answerKey']} is none of the options {choices['label']}")
     return f"Question: {row['question']}\nAnswer:", choices["text"], choices["label"].index(row["answerKey"])
 
 

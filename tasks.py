@@ -441,7 +441,8 @@ def documents(name: str, root: Path, shots: int | None = None, store: Path | Non
     if lack := missing(name, root, count):
         raise UserError(lack)
     assert not count or task.shots, f"{name} has no worked examples: shots must be 0, not {count}"
-    pool = [(d["group"], d["shot"]) for d in _read(task, root, task.shot_files)] if count and task.shot_files else []
+    examples = _read(task, root, task.shot_files) if count and task.shot_files else []
+    pool = [(d["group"], d["shot"]) for d in examples if not d["error"]]
     rng = random.Random(1234)  # the harness' seed and order of draws
     for doc in _read(task, root, task.files):
         assert doc["id"] not in seen, f"{name}: the id {doc['id']} was already used"

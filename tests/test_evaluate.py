@@ -1,9 +1,12 @@
 """rewards.py by cases; evaluate.py and chat.py end to end on small models that are made here."""
 import json
 import os
+import random
+import resource
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -340,15 +343,16 @@ def test_changed_checkpoint_or_budget_reads_no_old_response(checkpoint, world, t
     assert sum(asked) == 11 and "11 saved responses are of other prompts or settings" in capsys.readouterr().out
 
 
-def test_one_two_and_four_processes(checkpoint, world, tmp_path, monkeypatch):
-    """Also where responses are sampled."""
-    for way, more in (("greedy", ()), ("sampled", ("--repeats", "2", "--temperature", "1"))):
-        args = (*COMMON, "--data-root", world, *more, "--out")
+def test_one_two_and_four_processes(checkpoint, arc, tmp_path, monkeypatch):
+    """Greedy, log-likelihoods, sampled."""
+    for way, more in (("greedy", ("arc_easy", "--shots", "1")), ("sampled", ("--repeats", "2", "--temperature", "1"))):
+        args = ("--tasks", "toy", *more, *COMMON[2:], "--data-root", arc, "--out")
         run_here(monkeypatch, checkpoint, *args, tmp_path / f"{way}1")
         for n in (2, 4):
             done = run_script("evaluate.py", checkpoint, *args, tmp_path / f"{way}{n}", "--threads", 1, nproc=n)
             assert done.returncode == 0, done.stderr[-2000:]
-            assert final(tmp_path / f"{way}{n}") == final(tmp_path / f"{way}1")
+            for name in ("toy", "arc_easy")[:2 if way == "greedy" else 1]:
+                assert final(tmp_path / f"{way}{n}", name) == final(tmp_path / f"{way}1", name)
 
 
 def test_shuffled_images(checkpoint, world, tmp_path, monkeypatch):
@@ -393,7 +397,7 @@ def test_bad_questions_are_named_and_counted(checkpoint, world, tmp_path, monkey
     write_rows(world, rows)
     run_here(monkeypatch, checkpoint, *COMMON, "--data-root", world, "--out", tmp_path / "out")
     printed = capsys.readouterr().out
-    for line in ("toy: error: t0: it cannot be scored: the right answer 'B' is none of",
+    for line in ("toy: error: 00008: toy.jsonl, row 9: no options",
                  "toy: error: t1: it cannot be scored: the right answer 'E' is none of", "toy: error: t2: prompt of "):
         assert line in printed
     assert json.loads((tmp_path / "out/results.json").read_text())["results"]["toy"]["errors"] == 3 / 11
@@ -426,6 +430,167 @@ def test_show(checkpoint, world, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "<|im_start|>user\n<|vision_start|><|image_pad|>*4<|vision_end|>\nHow many corners" in printed
     assert f"{world}/heldout/images/0.png: 56 x 56" in printed and "right answer '3'" in printed
+
+
+# ---- evaluate: log-likelihoods, few-shot prompts, samples ------------------------------------------------------------
+def add(world: Path, name: str, rows: list[dict]) -> None:
+    path = world / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def arc_rows(n: int = 6) -> list[dict]:
+    """Every third question has an option of several tokens."""
+    options = [["three", "four", "red"], ["blue", "red", "three"], ["red", "a blue shape", "three corners"]]
+    return [{"id": f"q{k}", "question": f"What has the shape?{' really' * k}", "answerKey": "ABC"[k % 3],
+             "choices": {"text": options[k % 3], "label": ["A", "B", "C"]}} for k in range(n)]
+
+
+@pytest.fixture
+def arc(world) -> Path:
+    add(world, "arc/ARC-Easy/test.jsonl", arc_rows())
+    add(world, "arc/ARC-Easy/train.jsonl", arc_rows(4))
+    return world
+
+
+ARC = ("--tasks", "arc_easy", "--shots", "2", "--batch", "4", "--device", "cpu")
+
+
+def test_log_likelihoods_equal_unpacked_ones(checkpoint, arc, tmp_path, monkeypatch):
+    """Options of one token are read from the context's forward, the others packed; both as model.logits has them."""
+    run_here(monkeypatch, checkpoint, *ARC, "--data-root", arc, "--out", tmp_path)
+    model, tok = Innovator.from_pretrained(checkpoint), Tokenizer(checkpoint)
+    rows, counts = read_lines(tmp_path / "samples_arc_easy.jsonl"), set()
+    docs = tasks.documents("arc_easy", arc, 2)
+    assert len(rows) == 6 and docs[0]["pairs"][0][0].count("Question:") == 3
+    for doc, row in zip(docs, rows):
+        sums = []
+        for (context, option), (logp, characters, greedy) in zip(doc["pairs"], row["loglikelihood"], strict=True):
+            before, both = tok.encode(context), tok.encode(context + option)
+            counts.add(len(both) - len(before))
+            logits = model.logits(both)[len(before) - 1:-1]
+            target = torch.tensor(both[len(before):])
+            sums.append(logits.log_softmax(-1).gather(1, target[:, None]).sum().item())
+            assert logp == pytest.approx(sums[-1], abs=1e-4) and characters == len(option) - 1
+            assert greedy == (logits.argmax(-1) == target).all().item()
+        normed = [s / (len(o) - 1) for s, (_, o) in zip(sums, doc["pairs"])]
+        assert row["numbers"] == {"acc_norm": float(normed.index(max(normed)) == doc["gold"]),
+                                  "acc": float(sums.index(max(sums)) == doc["gold"])}
+        assert row["read"] == doc["options"][normed.index(max(normed))] and row["responses"] == []
+    assert 1 in counts and max(counts) > 2
+    assert list(json.loads((tmp_path / "results.json").read_text())["results"]["arc_easy"])[1] == "acc_norm,none"
+
+
+def test_token_boundary_moves_spaces_to_the_option(tokenizer):
+    doc = {"error": None, "pairs": [("the shape ", "three"), ("the shape", " three"), ("", "red")]}
+    tok = Tokenizer(tokenizer)
+    first, second, third = evaluate.pairs_of(doc, False, tok, 99)
+    assert first == second == (tok.encode("the shape"), tok.encode(" three")) and third == ([tok.pad], tok.encode("red"))
+    with pytest.raises(evaluate.BadRow, match="exceed the context 3"):
+        evaluate.pairs_of(doc, False, tok, 3)
+
+
+def test_bad_options_are_errors(checkpoint, arc, tmp_path, monkeypatch, capsys):
+    rows = arc_rows()
+    rows[1]["choices"] = {"text": [], "label": []}
+    rows[2]["answerKey"] = "D"
+    add(arc, "arc/ARC-Easy/test.jsonl", rows)
+    run_here(monkeypatch, checkpoint, *ARC, "--data-root", arc, "--out", tmp_path)
+    printed = capsys.readouterr().out
+    assert "00001: test.jsonl, row 2: the right answer B is none of the options []" in printed
+    assert "00002: test.jsonl, row 3: the right answer D is none of the options ['A', 'B', 'C']" in printed
+    done = read_lines(tmp_path / "samples_arc_easy.jsonl")
+    assert len(done) == 6 and [bool(r["error"]) for r in done] == [False, True, True, False, False, False]
+
+
+def test_a_plain_prompt_is_continued_until_a_stop_string(tokenizer, world, tmp_path, monkeypatch):
+    (world / "bbh/cot-prompts").mkdir(parents=True)
+    (world / "bbh/sums.json").write_text(json.dumps({"examples": [{"input": "2 + 2?", "target": "4"}] * 2}))
+    (world / "bbh/cot-prompts/sums.txt").write_text("canary\n-----\nAdd.\n\n" + "\n\n".join(
+        f"Q: {k} + 0?\nA: Let's think step by step. So the answer is {k}." for k in range(3)))
+    model = save(tokenizer, tmp_path / "model", says="4Q:7")
+    run_here(monkeypatch, model, "--tasks", "bbh", "--data-root", world, "--device", "cpu", "--max-new-tokens", "9")
+    rows = read_lines(model / "eval/samples_bbh.jsonl")
+    assert [r["responses"] for r in rows] == [[{"text": "4", "tokens": 3, "truncated": False}]] * 2  # it ended early
+    results = json.loads((model / "eval/results.json").read_text())
+    assert results["results"]["bbh"]["exact,none"] == 1 and results["n-shot"] == {"bbh": 3}
+    assert results["configs"]["bbh"]["prompt"].startswith("Add.\n\nQ: 0 + 0?\nA: Let's think step by step.\nSo")
+    assert results["configs"]["bbh"]["prompt"].endswith("Q: 2 + 2?\nA: Let's think step by step.\n")
+    run_here(monkeypatch, model, "--tasks", "bbh", "--data-root", world, "--device", "cpu", "--max-new-tokens", "9",
+             "--chat", "--out", tmp_path / "chat")
+    prompt = json.loads((tmp_path / "chat/results.json").read_text())["configs"]["bbh"]["prompt"]
+    assert "<|im_start|>user\nAdd.\n\nQ: 0" in prompt and prompt.endswith("<|im_start|>assistant\n")
+    assert texts(tmp_path / "chat", "bbh") == ["4Q:7"] * 2
+
+
+def test_several_samples(checkpoint, world, tmp_path, monkeypatch):
+    """avg@k and pass@k are those of the responses as they were saved."""
+    model = Innovator.from_pretrained(checkpoint)
+    with torch.no_grad():  # digits become likely, so that some answers are right
+        for token in "34":
+            model.lm_head.weight[Tokenizer(checkpoint).encode(token)[0]] *= 40
+    model.assets = checkpoint
+    model.save_pretrained(tmp_path / "model")
+    run_here(monkeypatch, tmp_path / "model", *COMMON[:4], "--max-new-tokens", "1", "--device", "cpu", "--data-root",
+             world, "--repeats", "4", "--temperature", "1", "--samples", "toy:0,1,2,3,4,5,6,7", "--out", tmp_path)
+    rows = read_lines(tmp_path / "samples_toy.jsonl")
+    right = [[r["text"] == row["gold"] for r in row["responses"]] for row in rows]
+    assert all(len(r) == 4 for r in right) and len({str(r) for r in right}) > 1
+    toy = json.loads((tmp_path / "results.json").read_text())["results"]["toy"]
+    assert toy["avg@4,none"] == pytest.approx(sum(map(sum, right)) / 32)
+    assert toy["pass@4,none"] == sum(map(any, right)) / 8 and toy["n"] == 8
+    assert [r["numbers"]["acc"] or 0 for r in rows] == [sum(r) / 4 for r in right]
+
+
+def test_groups_average_and_stand_beside_the_published(capsys):
+    def result(v, e, n): return {"alias": "", "acc,none": v, "acc_stderr,none": e, "unparsed": 0.0, "truncated": 0.0,
+                                 "errors": 0.0, "n": n}
+    results = {"rxnbench_vqa_en": result(0.5, 0.1, 10), "rxnbench_vqa_zh": result(0.7, 0.2, 30),
+               "agieval_choice": result(0.5, 0.1, 30), "agieval_math": result(0.2, 0.1, 10),
+               "agieval_gaokao-mathcloze": result(0.0, 0.0, 10)}
+    groups = evaluate.group_results(results)
+    assert list(groups) == ["rxnbench_vqa", "agieval"]
+    assert groups["rxnbench_vqa"]["score,none"] == pytest.approx(0.6)
+    assert groups["rxnbench_vqa"]["score_stderr,none"] == pytest.approx((0.05 ** 2 + 0.1 ** 2) ** 0.5)
+    assert groups["agieval"]["score,none"] == pytest.approx(0.34) and groups["agieval"]["n"] == 50  # by size
+    assert groups["agieval"]["score_stderr,none"] == pytest.approx((0.06 ** 2 + 0.02 ** 2) ** 0.5)
+    text = evaluate.tables({"results": results, "groups": groups, "versions": dict.fromkeys(results, 1),
+                            "n-shot": dict.fromkeys(results, 0)}, with_published=True)
+    assert "|rxnbench_vqa_en|50.00|82.36|79.80|" in text and "|agieval|0.3400|0.0632|50|" in text
+
+
+def test_a_full_disk_loses_nothing(checkpoint, world, tmp_path, monkeypatch):
+    args = ("--data-root", world, *COMMON)
+    run_here(monkeypatch, checkpoint, *args, "--out", tmp_path / "good")
+    full = run_script("evaluate.py", checkpoint, *args, "--out", tmp_path / "out",
+                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500)))
+    assert full.returncode == 2 and "responses_toy.rank0.jsonl: File too large; finished responses" in full.stderr
+    assert full.stderr.count("Traceback") == 0 and (tmp_path / "out/responses_toy.rank0.jsonl").stat().st_size == 1500
+    done = run_script("evaluate.py", checkpoint, *args, "--out", tmp_path / "out")
+    assert done.returncode == 0 and "11 documents, 11 to answer" not in done.stdout
+    assert final(tmp_path / "out") == final(tmp_path / "good")
+
+
+@pytest.mark.skipif(not (SHARED / "mathvision").exists(), reason="the folder ../shared/data is not here")
+def test_mathvision_killed_anywhere_and_resumed(checkpoint, tmp_path, monkeypatch):
+    """All 304 questions with their pictures; SIGKILL after some batches."""
+    args = (checkpoint, "--tasks", "mathvision", "--data-root", SHARED, "--max-new-tokens", "4", "--min-pixels", "3136",
+            "--max-pixels", "20000", "--device", "cpu", "--threads", "1", "--out")
+    name = "mathvision_reason_testmini_reasoning"
+    run_here(monkeypatch, *args, tmp_path / "good")
+    process = subprocess.Popen([sys.executable, str(ROOT / "evaluate.py"), *map(str, args), str(tmp_path / "out")],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    part, wanted = tmp_path / f"out/responses_{name}.rank0.jsonl", random.randrange(1, 250)
+    while process.poll() is None and not (part.exists() and part.read_bytes().count(b"\n{") >= wanted):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    before = part.read_bytes().count(b"}\n") if part.exists() else 304
+    assert before >= wanted
+    run_here(monkeypatch, *args, tmp_path / "out")
+    samples, results = final(tmp_path / "good", name)
+    assert final(tmp_path / "out", name) == (samples, results) and results["results"][name]["n"] == 304
+    assert results["results"][name]["errors"] == 0 and len(samples.splitlines()) == 304
 
 
 @pytest.mark.skipif(not (SHARED / "gsm8k").exists(), reason="the folder ../shared/data is not here")
