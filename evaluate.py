@@ -44,17 +44,16 @@ from tqdm import tqdm
 
 import common
 import engine as engines
-import scorers
 from common import UserError, is_rank0, print0, rank, world
 from data import BadRow, Doc, Tokenizer, encode
 from kernels.attention import Documents
 from model import Innovator, Pack, _chunks, checkpoint_folder, config_of, gathered, load_weights, weight_files
-from tasks import GROUPS, TASKS, Task, average, documents, expand, missing, published
+from results import LOWER_IS_BETTER, answered, digest, graded, group_results, metrics, prompt_hash, summary, tables
+from tasks import GROUPS, TASKS, Task, documents, expand, missing
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FREE = ("tasks", "data_root", "out", "device", "threads", "engine_memory", "eager", "resume", "rescore", "published",
         "show", "list")  # nothing in results.json depends on them
-LOWER_IS_BETTER = ("rmse", "levenshtein")
 TOGETHER = 32768  # tokens of one forward of log-likelihoods
 
 
@@ -108,11 +107,12 @@ class Config:
     def task(self, name: str) -> Task:
         """A task as it is asked here."""
         t = TASKS[name]
+        t = replace(t, shots=t.shots if self.shots < 0 or not t.shots else self.shots)
         if t.request == "loglikelihood":
-            return replace(t, shots=t.shots if self.shots < 0 or not t.shots else self.shots)
-        t = replace(t, shots=t.shots if self.shots < 0 or not t.shots else self.shots, samples=self.repeats or t.samples,
+            return t
+        t = replace(t, samples=self.repeats or t.samples, budget=self.max_new_tokens or t.budget,
                     temperature=t.temperature if self.temperature < 0 else self.temperature,
-                    budget=self.max_new_tokens or t.budget, stop=() if self.chat else t.stop,
+                    stop=() if self.chat else t.stop,
                     limits=replace(t.limits, min_pixels=self.min_pixels or t.limits.min_pixels,
                                    max_pixels=self.max_pixels or t.limits.max_pixels))
         assert t.samples == 1 or t.temperature > 0, \
@@ -204,14 +204,6 @@ def checkpoint_hash(folder: Path) -> str:
     return h.hexdigest()
 
 
-def digest(*values) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:24]
-
-
-def prompt_hash(doc: dict) -> str:
-    return digest(doc["messages"], doc["context"], doc["pairs"], [Path(p).name for p in doc["images"]])
-
-
 def key_of(doc: dict, task: Task, c: Config, weights: str) -> str:
     """Begins with the checkpoint's hash."""
     sizes = [os.path.getsize(p) if os.path.exists(p) else None for p in doc["images"]]
@@ -223,6 +215,30 @@ def key_of(doc: dict, task: Task, c: Config, weights: str) -> str:
 
 
 # ---- the model answers ----------------------------------------------------------------------------------------------
+def models(c: Config, config, folder: Path, device: torch.device, longest: int, out: Path):
+    """Functions that load, when they are first called: the engine that generates, and model.py's model."""
+    dtype = DTYPES[c.dtype]
+
+    @functools.cache
+    def engine():
+        if c.engine == "torch":
+            e = engines.TorchEngine(config, dtype, device, c.attention, batch=c.batch)
+            load_weights(e.model, folder)
+            return e
+        own.cache_clear()
+        engines.release()
+        e = engines.VllmEngine(config, dtype, device, c.attention, context=longest, memory=c.engine_memory,
+                               eager=c.eager, seed=c.seed, out=out)
+        weights = Innovator.from_pretrained(folder, dtype)  # in host memory: the GPU's is the engine's
+        e.load((name, p.to(device)) for name, p in gathered(weights, dtype))
+        return e
+
+    @functools.cache
+    def own():
+        return engine().model if c.engine == "torch" else Innovator.from_pretrained(folder, dtype, device, c.attention)
+    return engine, own
+
+
 def respond(engine, tok: Tokenizer, task: Task, prompts: list[Doc], seed: int) -> list[dict]:
     """Responses to prompts, generated together. A stop string ends a response and is no part of it."""
     tail = max(map(len, task.stop), default=0) + 8  # a token is a byte or more
@@ -281,10 +297,6 @@ def compare(model: Innovator, asked: list[list[tuple[list[int], list[int]]]]) ->
 
 
 # ---- responses on disk ----------------------------------------------------------------------------------------------
-def answered(row: dict | None) -> bool:
-    return bool(row and (row["responses"] or row["loglikelihood"]))
-
-
 def saved_rows(out: Path, name: str) -> dict[str, dict]:
     """Rows by key; of several, the first that has an answer. A line that a killed run cut is skipped."""
     rows = {}
@@ -349,6 +361,15 @@ def collect(name: str, docs: list[dict], keys: dict[str, str], out: Path, size: 
     return failed | saved_rows(out, name) if is_rank0() else {}
 
 
+def saved_answers(out: Path, name: str, every: list[dict]) -> tuple[list[dict], dict[str, dict]]:
+    """The documents of samples_TASK.jsonl and its rows by id, to be scored again."""
+    path = out / f"samples_{name}.jsonl"
+    rows = {row["id"]: row for row in map(json.loads, open(path, "rb"))}
+    if unknown := sorted(rows.keys() - {d["id"] for d in every}):
+        raise UserError(f"{path}: {len(unknown)} rows are not among this task's documents: {', '.join(unknown[:4])}")
+    return [d for d in every if d["id"] in rows], rows
+
+
 def write_lines(path: Path, rows: list[dict]) -> None:
     tmp = path.with_name(f".{path.name}.tmp")
     tmp.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
@@ -366,124 +387,12 @@ def write_samples(out: Path, name: str, done: list[dict], left: list[dict]) -> N
             path.unlink()
 
 
-# ---- scores ---------------------------------------------------------------------------------------------------------
-def graded(doc: dict, row: dict) -> tuple[dict, list[dict]]:
-    """The document's row of samples_TASK.jsonl, and the numbers of each of its responses, the metric first."""
-    error, reads = row["error"] if not answered(row) else doc["error"], []
-    names = ["acc", "acc_norm"] if doc["scorer"] == "likelihood" else list(scorers.SCORERS[doc["scorer"]][1])
-    each = [dict.fromkeys(sorted(names, key=lambda name: name != doc["metric"]))]
-    if not error and doc["gold"] is None:
-        error = "the right answer is not published"
-    if not error and doc["pairs"]:
-        right = doc["gold"] if isinstance(doc["gold"], list) else [doc["gold"]]
-        sums = [logp for logp, *_ in row["loglikelihood"]]
-        normed = [logp / max(len(option), 1) for logp, option in zip(sums, doc["options"])]
-        best = {name: max(range(len(v)), key=v.__getitem__) for name, v in (("acc", sums), ("acc_norm", normed))}
-        each = [{name: float(best[name] in right) for name in each[0]}]
-        reads = [doc["options"][best[next(iter(each[0]))]]]
-    elif not error:
-        try:
-            found = [scorers.score(doc["scorer"], r["text"], doc["gold"], doc["metric"], **doc["kw"])
-                     for r in row["responses"]]
-            each, reads = [s.numbers for s in found], [s.read for s in found]
-        except (AssertionError, ValueError) as e:
-            error = f"it cannot be scored: {e}"
-    numbers = {name: None if all(e[name] is None for e in each) else scorers.mean([e[name] for e in each])["value"]
-               for name in each[0]}
-    texts = [p[0] for p in doc["pairs"][:1]] or [m["content"] for m in doc["messages"][-1:]] or [doc["context"]]
-    return {"id": doc["id"], "key": row["key"], "group": doc["group"], "cluster": doc["cluster"], "gold": doc["gold"],
-            "prompt_hash": prompt_hash(doc), "responses": row["responses"],
-            "loglikelihood": [[logp, len(option), hit] for (logp, *_, hit), option
-                              in zip(row["loglikelihood"], doc["options"] or ())],
-            "numbers": numbers, "read": reads[0] if len(reads) == 1 else reads or None, "error": error,
-            "images": [str(p) for p in doc["images"]], "question": texts[0].replace("<image>\n", "")[-2000:],
-            "options": doc["options"], "chance": doc["chance"]}, each
-
-
-def summary(name: str, task: Task, docs: list[dict], rows: list[dict], each: list[list[dict]]) -> dict:
-    """A task's entry in results.json; its metric comes first. Tasks that mix scorers call it score."""
-    firsts = {next(iter(e[0])) for e in each}
-    metric = f"avg@{task.samples}" if task.samples > 1 else firsts.pop() if len(firsts) == 1 else "score"
-    values = [next(iter(r["numbers"].values())) for r in rows]
-    found = {metric: scorers.mean(values)}
-    if task.aggregate == "rmse":
-        inner = scorers.rmse(values)
-        spread = inner["stderr"] and inner["stderr"] * inner["score"]
-        found = {"exp(-rmse)": {"value": inner["score"], "stderr": spread}, "rmse": inner}
-    elif task.aggregate in ("group_mean", "all_in_group"):
-        by = [r["group" if task.aggregate == "group_mean" else "cluster"] for r in rows]
-        found = {metric: getattr(scorers, task.aggregate)(values, by)}
-    elif task.aggregate == "wemath":  # the published number is the plain mean
-        steps = [d["extra"].get("key", "") for d in docs]
-        if "multi" in "".join(steps):
-            loose = scorers.wemath(values, [r["cluster"] for r in rows], steps)
-            found |= {k: loose[k] for k in ("strict", "loose")}
-    if task.samples > 1:
-        main = [[next(iter(e.values())) for e in own] for own in each]
-        if all(v in (None, 0, 1) for own in main for v in own):
-            found[f"pass@{task.samples}"] = scorers.mean([max(v or 0.0 for v in own) for own in main])
-    for other in list(rows[0]["numbers"])[1:]:
-        if all(other in r["numbers"] for r in rows):
-            found[other] = scorers.mean([r["numbers"][other] for r in rows])
-    if all(r["gold"] is None for r in rows):
-        found = {m: {"value": None, "stderr": None} for m in found}
-    responses = [r for row in rows for r in row["responses"]]
-    def share(hits, of): return sum(hits) / len(of) if of else 0.0
-    fine = [e for own, r in zip(each, rows) if not r["error"] for e in own]
-    parts = {g: [i for i, r in enumerate(rows) if r["group"] == g] for g in dict.fromkeys(r["group"] for r in rows) if g}
-    def middle(values, some): return sum(values[i] or 0.0 for i in some) / len(some)
-    return {"alias": name} | {f"{m}{kind},none": v[key] for m, v in found.items()
-                              for kind, key in (("", "value"), ("_stderr", "stderr"))} \
-        | {"unparsed": share((next(iter(e.values())) is None for e in fine), fine),
-           "truncated": share((r["truncated"] for r in responses), responses),
-           "errors": share((r["error"] is not None for r in rows), rows),
-           "length": share((r["tokens"] for r in responses), responses),
-           "chance": share((d["chance"] for d in docs), docs), "n": len(rows),
-           "by_group": {g: {"value": middle(values, some), "n": len(some),
-                            "chance": middle([d["chance"] for d in docs], some)} for g, some in parts.items()}}
-
-
-def main_number(result: dict) -> tuple[str, float | None, float | None]:
-    """Name, value and stderr of a task's or group's metric."""
-    key = next(k for k in result if k.endswith(",none"))
-    return key[:-5], result[key], result.get(key.replace(",none", "_stderr,none"))
-
-
-def group_results(results: dict[str, dict]) -> dict[str, dict]:
-    """Groups whose members all have scores. stderr: with the weights of the average."""
-    scores = {name: main_number(r)[1] for name, r in results.items() if main_number(r)[1] is not None}
-    sizes, groups = {name: r["n"] for name, r in results.items()}, {}
-    for g in GROUPS:
-        if (value := average(g, scores, sizes)) is not None:
-            share = {t: average(g, {s: float(s == t) for s in scores}, sizes) for t in scores}
-            parts = [(w, main_number(results[t])[2]) for t, w in share.items() if w]
-            spread = None if any(e is None for _, e in parts) else sum((w * e) ** 2 for w, e in parts) ** 0.5
-            groups[g] = {"alias": g, "score,none": value, "score_stderr,none": spread,
-                         "n": sum(sizes[t] for t, w in share.items() if w)}
-    return groups
-
-
-def tables(r: dict, with_published: bool) -> str:
-    """results.md."""
-    lines = ["|Tasks|Version|n-shot|Metric|Value|Stderr|unparsed|truncated|errors|n|", "|" + "---|" * 10]
-    def number(v): return "" if v is None else f"{v:.4f}"
-    for name, result in r["results"].items():
-        rest = "|".join(f"{result[k]:.3f}" for k in ("unparsed", "truncated", "errors"))
-        for m in [k[:-5] for k in result if k.endswith(",none") and not k.endswith("_stderr,none")]:
-            lines.append(f"|{name}|{r['versions'][name]}|{r['n-shot'][name]}|{m}|{number(result[f'{m},none'])}|"
-                         f"{number(result[f'{m}_stderr,none'])}|{rest}|{result['n']}|")
-    if r["groups"]:
-        lines += ["", "|Groups|Average|Stderr|n|", "|---|---|---|---|"]
-        lines += [f"|{g}|{number(x['score,none'])}|{number(x['score_stderr,none'])}|{x['n']}|"
-                  for g, x in r["groups"].items()]
-    ours = {name: main_number(x)[1] for name, x in (r["results"] | r["groups"]).items()}
-    for title in dict.fromkeys(g.table for g in GROUPS.values() if g.table) if with_published else ():
-        models, theirs = published(title)
-        if rows := [name for name in theirs if ours.get(name) is not None]:
-            lines += ["", f"{title}, percent", "", f"|task|ours|{'|'.join(models)}|", "|---" * (len(models) + 2) + "|"]
-            lines += [f"|{name}|{100 * ours[name]:.2f}|" + "|".join(f"{v:.2f}" for v in theirs[name]) + "|"
-                      for name in rows]
-    return "\n".join(lines) + "\n"
+# ---- what is printed, and the run -----------------------------------------------------------------------------------
+def print_errors(name: str, bad: list[dict]) -> None:
+    for s in bad[:20]:
+        print(f"{name}: error: {s['id']}{', ' * bool(s['images'])}{', '.join(s['images'])}: {s['error']}")
+    if len(bad) > 20:
+        print(f"{name}: error: {len(bad) - 20} more, all are in samples_{name}.jsonl")
 
 
 def list_tasks(root: Path) -> None:
@@ -498,28 +407,132 @@ def list_tasks(root: Path) -> None:
 
 def show(name: str, doc: dict, task: Task, read, tok: Tokenizer) -> None:
     prompt = read(doc, decode=False)
-    sizes = [f"{p if not isinstance(p, bytes) else 'bytes'}: {14 * w} x {14 * h}" for p, (_, h, w)
+    sizes = [f"{'' if isinstance(p, bytes) else p}: {14 * w} x {14 * h}" for p, (_, h, w)
              in zip(doc["images"], getattr(prompt, "grids", ()))]
     print(f"{name} {doc['id']}, {task.request}, scorer {doc['scorer']}, budget {task.budget}, stop {task.stop}\n"
           f"--- prompt\n{shown(prompt, tok)}\n--- images {sizes}\n--- right answer {doc['gold']!r}")
+
+
+def described(name: str, task: Task, metric: str, prompt: str, chat: bool) -> dict:
+    """An entry of results.json's configs."""
+    sampling = {"max_new_tokens": task.budget, "temperature": task.temperature, "top_p": task.top_p,
+                "n": task.samples, "until": task.stop} if task.budget else {}
+    return {"task": name, "hub": task.hub, "files": task.files, "output_type": task.request, "scorer": task.scorer,
+            "metric": metric, "aggregate": task.aggregate, "num_fewshot": task.shots, "generation_kwargs": sampling,
+            "limits": asdict(task.limits), "chat": chat, "prompt": prompt}
+
+
+def run(c: Config, checkpoint: str, out: Path, device: torch.device, wait) -> int:
+    """All tasks. -> exit code"""
+    root, began = Path(c.data_root), time.perf_counter()
+    old = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else None
+    if c.rescore:
+        info = {k: old[k] for k in ("checkpoint", "weights", "config")}
+    else:
+        folder = checkpoint_folder(checkpoint)
+        config, tok = config_of(folder), Tokenizer(folder)
+        longest = c.context or config.max_position_embeddings
+        assert config.vision is None or tok.image_pad == config.image_token_id, \
+            f"<|image_pad|> is {tok.image_pad} in the tokenizer, {config.image_token_id} in config.json"
+        info = {"checkpoint": str(folder), "weights": checkpoint_hash(folder),
+                "config": {k: v for k, v in asdict(c).items() if k not in FREE}}
+        engine, own = models(c, config, folder, device, longest, out)
+
+    def reader(task):
+        if task.request == "loglikelihood":
+            return functools.partial(pairs_of, tok=tok, longest=longest)
+        return functools.partial(prompt_of, task=task, tok=tok, config=config, longest=longest, chat=c.chat)
+    if c.show:
+        name = c.tasks[-1]
+        docs, task = documents(name, root, c.task(name).shots), c.task(name)
+        show(name, chosen(c, name, docs)[0], task, reader(task), tok)
+        return 0
+
+    r = {k: {} for k in ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better",
+                         "n-samples", "task_hashes")}
+    if old and all(old.get(k) == info[k] for k in ("weights", "config")):
+        r = {k: dict(old[k]) for k in r}  # other tasks stay
+    if is_rank0():
+        out.mkdir(parents=True, exist_ok=True)
+    lacking = {name: lack for name in c.tasks if (lack := missing(name, root, c.task(name).shots))}
+    # log-likelihoods first: model.py's weights leave the GPU before vLLM comes
+    for name in sorted(set(c.tasks) - set(lacking), key=lambda n: (TASKS[n].request == "generate", c.tasks.index(n))):
+        task = c.task(name)
+        try:
+            every = documents(name, root, task.shots, out / "images")
+        except UserError as e:
+            lacking[name] = str(e)
+            continue
+        if c.shuffle_images:
+            deal_images(every)
+        if c.rescore:
+            asked, rows, left = *saved_answers(out, name, every), []
+        else:
+            asked = chosen(c, name, every)
+            if not c.resume and is_rank0():
+                for path in [out / f"samples_{name}.jsonl", *out.glob(f"responses_{name}.rank*.jsonl")]:
+                    path.unlink(missing_ok=True)
+            wait()
+            def answer(prompts, seed):
+                return compare(own(), prompts) if task.request == "loglikelihood" else \
+                    respond(engine(), tok, task, prompts, seed)
+            keys = {d["id"]: key_of(d, task, c, info["weights"]) for d in every}
+            found = collect(name, asked, keys, out, max(c.batch // task.samples, 1), c.seed, reader(task), answer, wait)
+            rows = {d["id"]: found.pop(keys[d["id"]]) for d in asked} if is_rank0() else {}
+            left = [row for row in found.values() if answered(row)]
+        if not is_rank0():
+            continue
+        done, each = zip(*(graded(d, rows[d["id"]]) for d in asked))
+        write_samples(out, name, done, left)
+        print_errors(name, [s for s in done if s["error"] is not None])
+        r["results"][name] = summary(name, task, asked, done, each)
+        r["versions"][name], r["n-shot"][name] = task.version, task.shots
+        r["higher_is_better"][name] = {m: m not in LOWER_IS_BETTER for m in metrics(r["results"][name])}
+        r["n-samples"][name] = {"original": len(every), "effective": len(asked)}
+        r["task_hashes"][name] = digest([s["prompt_hash"] for s in done])
+        if not c.rescore:
+            try:
+                prompt = shown(reader(task)(asked[0], decode=False), tok)
+            except BadRow as e:
+                prompt = f"error: {e}"
+            r["configs"][name] = described(name, task, metrics(r["results"][name])[0], prompt, c.chat)
+
+    if is_rank0():
+        r = {k: {n: v[n] for n in TASKS if n in v} for k, v in r.items()}  # in the table's order
+        r["groups"] = group_results(r["results"])
+        r["group_subtasks"] = {g: list(GROUPS[g].members) for g in r["groups"]}
+        stamp = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "git_hash": common.commit(),
+                 "total_evaluation_time_seconds": round(time.perf_counter() - began, 1)}
+        common.write_json(out / "results.json", r | info | {"root": str(root)} |
+                          ({k: old[k] for k in stamp} if c.rescore else stamp))
+        text = tables(r, c.published)
+        (out / "results.md").write_text(text)
+        print(f"\n{text}")
+        if c.limit or c.samples:
+            print("a part of the documents only: these are no scores to report")
+        for lack in lacking.values():
+            print(f"not evaluated: {lack}")
+        print(f"wrote {out / 'results.json'}, results.md, samples_TASK.jsonl\nnext: python chat.py "
+              f"{checkpoint or 'CHECKPOINT'}", flush=True)
+    wait()  # a failing exit code ends all processes, and vLLM takes the process group with it: rank 0 must have written
+    return 3 if lacking else int(any(r["results"][n]["errors"] == 1 for n in c.tasks if n in r["results"]))
 
 
 def main() -> None:
     given = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
     checkpoint = sys.argv[1] if given else ""
     c = common.parse(Config, sys.argv[1 + given:], __doc__)
-    root = Path(c.data_root)
     if c.list:
-        return list_tasks(root)
+        return list_tasks(Path(c.data_root))
     assert given or c.rescore and c.out, \
         "usage: python evaluate.py CHECKPOINT --tasks NAME ... [options]; -h lists them"
     assert not checkpoint.startswith("preset:"), \
         f"{checkpoint} is a configuration without weights; give a checkpoint folder"
     out = Path(c.out) if c.out else Path(checkpoint) / ("eval_shuffled" if c.shuffle_images else "eval")
-    old = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else None
     if c.rescore:
-        if old is None:
+        if not (out / "results.json").exists():
             raise UserError(f"{out / 'results.json'}: not found; --rescore needs the --out of a finished evaluation")
+        old = json.loads((out / "results.json").read_text())
         c = Config(**{k: getattr(c, k) for k in FREE} | old["config"] | {"tasks": c.tasks or [*old["results"]]})
     assert c.tasks, "say what to evaluate: --tasks with names or groups of --list, or all"
     device = (common.init_distributed() if "RANK" in os.environ else
@@ -531,133 +544,8 @@ def main() -> None:
         torch.set_num_threads(c.threads)
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world() > 1 else None  # may wait for hours
     def wait(): dist.barrier(patient) if world() > 1 else None
-
-    if c.rescore:
-        info = {k: old[k] for k in ("checkpoint", "weights", "config")}
-    else:
-        folder = checkpoint_folder(checkpoint)
-        config, tok = config_of(folder), Tokenizer(folder)
-        longest = c.context or config.max_position_embeddings
-        assert config.vision is None or tok.image_pad == config.image_token_id, \
-            f"<|image_pad|> is {tok.image_pad} in the tokenizer, {config.image_token_id} in config.json"
-        info = {"checkpoint": str(folder), "weights": checkpoint_hash(folder),
-                "config": {k: v for k, v in asdict(c).items() if k not in FREE}}
-
-    def read_for(task):
-        if task.request == "loglikelihood":
-            return functools.partial(pairs_of, tok=tok, longest=longest)
-        return functools.partial(prompt_of, task=task, tok=tok, config=config, longest=longest, chat=c.chat)
-    if c.show:
-        task = c.task(c.tasks[-1])
-        docs = documents(c.tasks[-1], root, task.shots)
-        return show(c.tasks[-1], chosen(c, c.tasks[-1], docs)[0], task, read_for(task), tok)
-
-    @functools.cache
-    def engine():
-        if c.engine == "torch":
-            e = engines.TorchEngine(config, DTYPES[c.dtype], device, c.attention, batch=c.batch)
-            load_weights(e.model, folder)
-            return e
-        own.cache_clear()
-        engines.release() if device.type == "cuda" else None
-        e = engines.VllmEngine(config, DTYPES[c.dtype], device, c.attention, context=longest, memory=c.engine_memory,
-                               eager=c.eager, seed=c.seed, out=out)
-        weights = Innovator.from_pretrained(folder, DTYPES[c.dtype])  # in host memory: the GPU's is the engine's
-        e.load((name, p.to(device)) for name, p in gathered(weights, DTYPES[c.dtype]))
-        return e
-
-    @functools.cache
-    def own():
-        if c.engine == "torch":
-            return engine().model
-        return Innovator.from_pretrained(folder, DTYPES[c.dtype], device, c.attention)
-
-    same = old and all(old.get(k) == info[k] for k in ("weights", "config"))
-    r = {"results": {}, "groups": {}, "group_subtasks": {}, "configs": {}, "versions": {}, "n-shot": {},
-         "higher_is_better": {}, "n-samples": {}, "task_hashes": {}}
-    r = {k: dict(old[k]) for k in r} if same else r  # other tasks stay
-    began, problems = time.perf_counter(), {name: lack for name in c.tasks
-                                            if (lack := missing(name, root, c.task(name).shots))}
-    is_rank0() and out.mkdir(parents=True, exist_ok=True)
-    for name in sorted(set(c.tasks) - set(problems), key=lambda n: (TASKS[n].request == "generate", c.tasks.index(n))):
-        task = c.task(name)
-        try:
-            every = documents(name, root, task.shots, out / "images")
-        except UserError as e:
-            problems[name] = str(e)
-            continue
-        if c.shuffle_images:
-            deal_images(every)
-        asked = chosen(c, name, every)
-        if c.rescore:
-            path = out / f"samples_{name}.jsonl"
-            rows = {row["id"]: row for row in map(json.loads, open(path, "rb"))}
-            if unknown := sorted(rows.keys() - {d["id"] for d in every}):
-                raise UserError(f"{path}: {len(unknown)} rows are not among this task's documents: "
-                                f"{', '.join(unknown[:4])}")
-            asked, left = [d for d in every if d["id"] in rows], []
-        else:
-            keys = {d["id"]: key_of(d, task, c, info["weights"]) for d in every}
-            if not c.resume and is_rank0():
-                for path in [out / f"samples_{name}.jsonl", *out.glob(f"responses_{name}.rank*.jsonl")]:
-                    path.unlink(missing_ok=True)
-            wait()
-            def answer(prompts, seed):
-                return compare(own(), prompts) if task.request == "loglikelihood" else \
-                    respond(engine(), tok, task, prompts, seed)
-            found = collect(name, asked, keys, out, max(c.batch // task.samples, 1), c.seed, read_for(task), answer,
-                            wait)
-            done = {keys[d["id"]] for d in asked}
-            left = [row for key, row in found.items() if answered(row) and key not in done]
-            rows = {d["id"]: found[keys[d["id"]]] for d in asked} if is_rank0() else {}
-        if not is_rank0():
-            continue
-        done, each = zip(*(graded(d, rows[d["id"]]) for d in asked))
-        write_samples(out, name, list(done), left)
-        bad = [s for s in done if s["error"] is not None]
-        for s in bad[:20]:
-            print(f"{name}: error: {s['id']}{', ' * bool(s['images'])}{', '.join(s['images'])}: {s['error']}")
-        if len(bad) > 20:
-            print(f"{name}: error: {len(bad) - 20} more, all are in samples_{name}.jsonl")
-        r["results"][name] = summary(name, task, asked, list(done), list(each))
-        metrics = [k[:-5] for k in r["results"][name] if k.endswith(",none") and "_stderr" not in k]
-        r["versions"][name], r["n-shot"][name] = task.version, task.shots
-        r["higher_is_better"][name] = {m: m not in LOWER_IS_BETTER for m in metrics}
-        r["n-samples"][name] = {"original": len(every), "effective": len(asked)}
-        r["task_hashes"][name] = digest([s["prompt_hash"] for s in done])
-        if not c.rescore:
-            try:
-                text = shown(read_for(task)(asked[0], decode=False), tok)
-            except BadRow as e:
-                text = f"error: {e}"
-            r["configs"][name] = {
-                "task": name, "hub": task.hub, "files": task.files, "output_type": task.request, "scorer": task.scorer,
-                "metric": metrics[0], "aggregate": task.aggregate, "num_fewshot": task.shots,
-                "generation_kwargs": {"max_new_tokens": task.budget, "temperature": task.temperature, "n": task.samples,
-                                      "top_p": task.top_p, "until": task.stop} if task.budget else {},
-                "limits": asdict(task.limits), "chat": c.chat, "prompt": text}
-
-    if is_rank0():
-        r = {k: {n: v[n] for n in TASKS if n in v} for k, v in r.items()}  # in the table's order
-        r["groups"] = group_results(r["results"])
-        r["group_subtasks"] = {g: list(GROUPS[g].members) for g in r["groups"]}
-        stamp = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "git_hash": common.commit(),
-                 "total_evaluation_time_seconds": round(time.perf_counter() - began, 1)}
-        stamp = {k: old[k] for k in stamp} if c.rescore else stamp
-        r = r | info | {"root": str(root)} | stamp
-        common.write_json(out / "results.json", r)
-        text = tables(r, c.published)
-        (out / "results.md").write_text(text)
-        print(f"\n{text}")
-        if c.limit or c.samples:
-            print("a part of the documents only: these are no scores to report")
-        for lack in problems.values():
-            print(f"not evaluated: {lack}")
-        print(f"wrote {out / 'results.json'}, results.md, samples_TASK.jsonl\nnext: python chat.py "
-              f"{checkpoint or 'CHECKPOINT'}", flush=True)
-    wait()  # a failing exit code ends all processes, and vLLM takes the process group with it: rank 0 must have written
-    if problems or any(r["results"][n]["errors"] == 1 for n in c.tasks if is_rank0() and n in r["results"]):
-        sys.exit(3 if problems else 1)
+    if code := run(c, checkpoint, out, device, wait):
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 import chat
 import common
 import evaluate
+import results as numbers
 import rewards
 import scorers
 import tasks
@@ -417,7 +418,8 @@ def test_absent_data_and_user_errors(checkpoint, world, tmp_path, monkeypatch, c
                           ((checkpoint,), "say what to evaluate"),
                           (("--tasks", "toy"), "usage:"), ((checkpoint, "--samples", "toy"), "give TASK:0,3"),
                           ((checkpoint, *COMMON, "--data-root", world, "--samples", "toy:11"), "are 0 to 10"),
-                          ((checkpoint, *COMMON, "--data-root", world, "--repeats", "2"), "greedy responses are all the same"),
+                          ((checkpoint, *COMMON, "--data-root", world, "--repeats", "2"),
+                           "greedy responses are all the same"),
                           ((tmp_path / "nothing", *COMMON, "--data-root", world), "not found"),
                           ((checkpoint, *COMMON, "--data-root", world, "--rescore", "--out", tmp_path / "new"),
                            "not found")):
@@ -485,7 +487,8 @@ def test_token_boundary_moves_spaces_to_the_option(tokenizer):
     doc = {"error": None, "pairs": [("the shape ", "three"), ("the shape", " three"), ("", "red")]}
     tok = Tokenizer(tokenizer)
     first, second, third = evaluate.pairs_of(doc, False, tok, 99)
-    assert first == second == (tok.encode("the shape"), tok.encode(" three")) and third == ([tok.pad], tok.encode("red"))
+    assert first == second == (tok.encode("the shape"), tok.encode(" three"))
+    assert third == ([tok.pad], tok.encode("red"))
     with pytest.raises(evaluate.BadRow, match="exceed the context 3"):
         evaluate.pairs_of(doc, False, tok, 3)
 
@@ -548,13 +551,13 @@ def test_groups_average_and_stand_beside_the_published(capsys):
     results = {"rxnbench_vqa_en": result(0.5, 0.1, 10), "rxnbench_vqa_zh": result(0.7, 0.2, 30),
                "agieval_choice": result(0.5, 0.1, 30), "agieval_math": result(0.2, 0.1, 10),
                "agieval_gaokao-mathcloze": result(0.0, 0.0, 10)}
-    groups = evaluate.group_results(results)
+    groups = numbers.group_results(results)
     assert list(groups) == ["rxnbench_vqa", "agieval"]
     assert groups["rxnbench_vqa"]["score,none"] == pytest.approx(0.6)
     assert groups["rxnbench_vqa"]["score_stderr,none"] == pytest.approx((0.05 ** 2 + 0.1 ** 2) ** 0.5)
     assert groups["agieval"]["score,none"] == pytest.approx(0.34) and groups["agieval"]["n"] == 50  # by size
     assert groups["agieval"]["score_stderr,none"] == pytest.approx((0.06 ** 2 + 0.02 ** 2) ** 0.5)
-    text = evaluate.tables({"results": results, "groups": groups, "versions": dict.fromkeys(results, 1),
+    text = numbers.tables({"results": results, "groups": groups, "versions": dict.fromkeys(results, 1),
                             "n-shot": dict.fromkeys(results, 0)}, with_published=True)
     assert "|rxnbench_vqa_en|50.00|82.36|79.80|" in text and "|agieval|0.3400|0.0632|50|" in text
 
