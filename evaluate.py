@@ -25,6 +25,7 @@ Departures from lm-evaluation-harness 0.4.13
 2. Prompts of chat tasks always have the chat template, plain ones with --chat only, then without stop strings.
 3. Means of groups have a stderr from the same weights as the mean.
 """
+import contextlib
 import functools
 import hashlib
 import json
@@ -215,7 +216,7 @@ def key_of(doc: dict, task: Task, c: Config, weights: str) -> str:
 
 
 # ---- the model answers ----------------------------------------------------------------------------------------------
-def models(c: Config, config, folder: Path, device: torch.device, longest: int, out: Path):
+def models(c: Config, config, folder: Path, device: torch.device, longest: int, out: Path, closing):
     """Functions that load, when they are first called: the engine that generates, and model.py's model."""
     dtype = DTYPES[c.dtype]
 
@@ -229,6 +230,7 @@ def models(c: Config, config, folder: Path, device: torch.device, longest: int, 
         engines.release()
         e = engines.VllmEngine(config, dtype, device, c.attention, context=longest, memory=c.engine_memory,
                                eager=c.eager, seed=c.seed, out=out)
+        closing.callback(e.close)
         weights = Innovator.from_pretrained(folder, dtype)  # in host memory: the GPU's is the engine's
         e.load((name, p.to(device)) for name, p in gathered(weights, dtype))
         return e
@@ -422,7 +424,7 @@ def described(name: str, task: Task, metric: str, prompt: str, chat: bool) -> di
             "limits": asdict(task.limits), "chat": chat, "prompt": prompt}
 
 
-def run(c: Config, checkpoint: str, out: Path, device: torch.device, wait) -> int:
+def run(c: Config, checkpoint: str, out: Path, device: torch.device, wait, closing) -> int:
     """All tasks. -> exit code"""
     root, began = Path(c.data_root), time.perf_counter()
     old = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else None
@@ -436,7 +438,7 @@ def run(c: Config, checkpoint: str, out: Path, device: torch.device, wait) -> in
             f"<|image_pad|> is {tok.image_pad} in the tokenizer, {config.image_token_id} in config.json"
         info = {"checkpoint": str(folder), "weights": checkpoint_hash(folder),
                 "config": {k: v for k, v in asdict(c).items() if k not in FREE}}
-        engine, own = models(c, config, folder, device, longest, out)
+        engine, own = models(c, config, folder, device, longest, out, closing)
 
     def reader(task):
         if task.request == "loglikelihood":
@@ -544,7 +546,9 @@ def main() -> None:
         torch.set_num_threads(c.threads)
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world() > 1 else None  # may wait for hours
     def wait(): dist.barrier(patient) if world() > 1 else None
-    if code := run(c, checkpoint, out, device, wait):
+    with contextlib.ExitStack() as closing:
+        code = run(c, checkpoint, out, device, wait, closing)
+    if code:
         sys.exit(code)
 
 
