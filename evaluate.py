@@ -125,7 +125,7 @@ class Config:
 def chosen(c: Config, name: str, docs: list[dict]) -> list[dict]:
     if name in c.only:
         assert max(c.only[name]) < len(docs), f"--samples {name}: its documents are 0 to {len(docs) - 1}"
-        return [docs[i] for i in c.only[name]]
+        return [docs[i] for i in dict.fromkeys(c.only[name])]
     return [docs[i * len(docs) // c.limit] for i in range(c.limit)] if 0 < c.limit < len(docs) else docs
 
 
@@ -182,12 +182,14 @@ def pairs_of(doc: dict, decode: bool, tok: Tokenizer, longest: int) -> list[tupl
 
 
 def shown(prompt: Doc | list, tok: Tokenizer) -> str:
-    """The text as the model sees it, special tokens included; of pairs the last context and all options."""
+    """The text as the model sees it, special tokens included; of pairs each context with its options in braces."""
     if isinstance(prompt, Doc):
         text = tok.decode(prompt.ids.tolist(), skip_special_tokens=False)
         return re.sub(r"(?:<\|image_pad\|>)+", lambda m: f"<|image_pad|>*{m[0].count('|>')}", text)
-    options = [tok.decode(option, skip_special_tokens=False) for _, option in prompt]
-    return f"{tok.decode(prompt[-1][0], skip_special_tokens=False)}{{{'|'.join(options)}}}"
+    contexts = {}
+    for context, option in prompt:
+        contexts.setdefault(tok.decode(context, skip_special_tokens=False), []).append(tok.decode(option))
+    return "\n".join(f"{context}{{{'|'.join(options)}}}" for context, options in contexts.items())
 
 
 # ---- what a response depends on -------------------------------------------------------------------------------------
@@ -308,7 +310,7 @@ def saved_rows(out: Path, name: str) -> dict[str, dict]:
                 row = json.loads(line)
             except ValueError:
                 continue
-            if not answered(rows.get(row["key"])):
+            if "responses" in row and not answered(rows.get(row["key"])):
                 rows[row["key"]] = {k: row[k] for k in ("id", "key", "responses", "loglikelihood", "error")}
     return rows
 
@@ -447,7 +449,10 @@ def run(c: Config, checkpoint: str, out: Path, device: torch.device, wait, closi
     if c.show:
         name = c.tasks[-1]
         docs, task = documents(name, root, c.task(name).shots), c.task(name)
-        show(name, chosen(c, name, docs)[0], task, reader(task), tok)
+        try:
+            show(name, chosen(c, name, docs)[0], task, reader(task), tok)
+        except BadRow as e:
+            raise UserError(f"{name}: its first document cannot be asked: {e}") from None
         return 0
 
     r = {k: {} for k in ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better",
@@ -484,7 +489,11 @@ def run(c: Config, checkpoint: str, out: Path, device: torch.device, wait, closi
             left = [row for row in found.values() if answered(row)]
         if not is_rank0():
             continue
-        done, each = zip(*(graded(d, rows[d["id"]]) for d in asked))
+        try:
+            done, each = zip(*(graded(d, rows[d["id"]]) for d in asked))
+        except UserError as e:  # a library for molecules is not installed: the responses stay
+            lacking[name] = f"{name}: {e}; its responses are kept: run again afterwards"
+            continue
         write_samples(out, name, done, left)
         print_errors(name, [s for s in done if s["error"] is not None])
         r["results"][name] = summary(name, task, asked, done, each)

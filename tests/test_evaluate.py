@@ -427,6 +427,19 @@ def test_absent_data_and_user_errors(checkpoint, world, tmp_path, monkeypatch, c
             run_here(monkeypatch, *args)
 
 
+def test_a_missing_library_loses_no_response(checkpoint, world, tmp_path, monkeypatch, asked, capsys):
+    args = (checkpoint, *COMMON, "--data-root", world, "--out", tmp_path)
+    score = scorers.score
+    def lacks(*args, **kw): raise common.UserError("this needs rdkit")
+    monkeypatch.setattr(scorers, "score", lacks)
+    with pytest.raises(SystemExit) as e:
+        run_here(monkeypatch, *args)
+    assert e.value.code == 3 and "toy: this needs rdkit; its responses are kept" in capsys.readouterr().out
+    monkeypatch.setattr(scorers, "score", score)
+    run_here(monkeypatch, *args)
+    assert sum(asked) == 11 and json.loads((tmp_path / "results.json").read_text())["results"]["toy"]["n"] == 11
+
+
 def test_show(checkpoint, world, monkeypatch, capsys):
     run_here(monkeypatch, checkpoint, "--show", "toy", "--data-root", world)
     printed = capsys.readouterr().out

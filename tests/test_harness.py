@@ -1,4 +1,4 @@
-"""Agreement with lm-evaluation-harness, sample by sample, on local files: prompts, log-likelihoods, responses, decisions.
+"""Agreement with lm-evaluation-harness on local files, sample by sample: prompts, log-likelihoods, decisions.
 
     python tests/test_harness.py SHARED_DATA       # MMLU 500, ARC's form 100, GSM8K 200, BBH 200 documents; a table
 
@@ -13,11 +13,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHARED, launch
+from conftest import SHARED, launch
 
 import results
 import tasks
-from data import Tokenizer
 from model import Innovator, ModelConfig
 
 pytestmark = pytest.mark.skipif(
@@ -137,7 +136,7 @@ def compared(data: Path, root: Path, sizes: dict, tokens: int = 8) -> list[tuple
                                                        for s, row in zip(there, here)), gap))
         same = sum([tuple(a) for a in arguments(s)] == [tuple(p) for p in d["pairs"]] for s, d in zip(there, docs))
         table.append((name, "prompts", len(here), same, None))
-    tok, say = Tokenizer(root / "model"), {}
+    say = {}
     for name, filtered in (("gsm8k_cot", "flexible-extract"), ("bbh", "get-answer")):
         there = [s for key, samples in theirs.items() if key.split("/")[0] == name for s in samples
                  if s["filter"] == filtered]
