@@ -23,6 +23,7 @@ import pickle
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -42,6 +43,8 @@ class Sampling:
     max_new_tokens: int
     stop_ids: tuple[int, ...]
     temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0  # smallest mass of the likeliest tokens that is sampled from
+    ended: Callable[[list[int]], bool] | None = None  # do these tokens end a response? TorchEngine stops there
 
 
 @dataclass
@@ -68,10 +71,12 @@ class TorchEngine:
         out = []
         for start in range(0, len(docs), max(self.batch // n, 1)):
             part = docs[start:start + max(self.batch // n, 1)]
+            new = [[] for _ in range(len(part) * n)]
+            def ended(b, token): return (new[b].append(token), s.ended(new[b]))[1]
             ids, logps, experts = self.model.generate(
                 [p.ids.tolist() for p in part], *pictures(part, self.model), max_new_tokens=s.max_new_tokens,
-                temperature=s.temperature, stop_ids=s.stop_ids, seed=seed + start, logprobs=True, n=n,
-                experts=self.experts)
+                temperature=s.temperature, top_p=s.top_p, stop_ids=s.stop_ids, seed=seed + start, logprobs=True, n=n,
+                on_token=ended if s.ended else None, experts=self.experts)
             out += [Continuation(i, np.array(p, dtype=np.float32), e)
                     for i, p, e in zip(ids, logps, experts or [None] * len(ids))]
             between()
@@ -222,7 +227,7 @@ class VllmEngine:
             parts = [None] * self.tp
             dist.all_gather_object(parts, prompts, group=self.group)
             prompts = [p for part in parts for p in part]
-        params = SamplingParams(n=n, temperature=s.temperature, max_tokens=s.max_new_tokens, logprobs=0,
+        params = SamplingParams(n=n, temperature=s.temperature, top_p=s.top_p, max_tokens=s.max_new_tokens, logprobs=0,
                                 stop_token_ids=list(s.stop_ids), ignore_eos=True, detokenize=False)
         engine = self.llm.llm_engine
         step = engine.step

@@ -446,7 +446,8 @@ class Innovator(nn.Module):
 
         prompts: B lists of ids. pixel_values [P, 588], image_grid_thw [N, 3]: all prompts' images, in order of
         appearance. temperature 0 is greedy. top_p and top_k cut the distribution after temperature; 1.0 and 0 are off.
-        on_token(b, id) is called as tokens come. use_cache=False recomputes everything each step: the reference.
+        on_token(b, id) is called as tokens come; where it returns true, that continuation ends. use_cache=False
+        recomputes everything each step: the reference.
         """
         limit = self.config.max_position_embeddings
         longest = max(map(len, prompts)) + max_new_tokens
@@ -482,8 +483,8 @@ class Innovator(nn.Module):
                     new[b].append(t)
                     logps[b] += said[k:k + 1]
                     alive[b] = t not in stop_ids
-                    if on_token:
-                        on_token(b, t)
+                    if on_token and on_token(b, t):
+                        alive[b] = False
             if not any(alive):
                 break
             if use_cache and 2 * sum(alive) <= len(rows):  # those that ended leave the batch

@@ -68,14 +68,13 @@ def visible(response: str) -> str | None:
 
 def boxed(text: str) -> str | None:
     """Content of the last \\boxed{} whose braces balance."""
-    for start in reversed([m.end() for m in re.finditer(r"\\f?box(?:ed)?\s*\{", text)]):
-        depth, i = 1, start
-        while i < len(text) and depth:
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            i += 2 if text[i] == "\\" else 1  # \{ is no brace
-        if depth == 0:
-            return text[start:i - 1].strip()
-    return None
+    starts, stack, last = {m.end() for m in re.finditer(r"\\f?box(?:ed)?\s*\{", text)}, [], None
+    for m in re.finditer(r"\\.|[{}]", text, re.S) if starts else ():  # \{ is no brace
+        if m[0] == "{":
+            stack.append(m.end())
+        elif m[0] == "}" and stack and (start := stack.pop()) in starts and (last is None or start > last[0]):
+            last = start, m.start()
+    return text[slice(*last)].strip() if last else None
 
 
 def marked(text: str) -> str | None:
@@ -88,7 +87,7 @@ def marked(text: str) -> str | None:
     if hashes := re.findall(r"####[ \t]*([^\n]*)", text):
         return hashes[-1].strip()
     said = re.findall(r"\banswers?\b[*\s]*(?:\bis\b|\bare\b|:|=)[:*\s]*([^\n]+?)[*\s]*"
-                      r"(?=[.;!?](?:\s|$)|\s(?:because|since)\b|\n|$)", text, re.I)
+                      r"(?=(?<!\\)[.;!?](?:\s|$)|\s(?:because|since)\b|\n|$)", text, re.I)
     return said[-1].strip() if said else None
 
 
@@ -113,16 +112,16 @@ def _answer_or_last_line(response: str) -> str:
 
 
 # ---- multiple choice ------------------------------------------------------------------------------------------------
-def read_choice(text: str, options: list[str] | None = None) -> str | None:
-    """Letters that a text names, as 'B' or 'AC': "B", "(b)", "A and C", "AC", "B. text", "option B", or an option's
-    text."""
+def read_choice(text: str, options: list[str] | None = None, labels: str = LETTERS) -> str | None:
+    """Labels (letters or digits) that a text names, as 'B' or 'AC': "B", "(b)", "A and C", "AC", "B. text", "option B",
+    or an option's text."""
     plain = re.sub(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1", text)
     plain = re.sub(r"[$*`]", "", plain).strip().rstrip(" .,!:")
-    valid = LETTERS[:len(options)] if options else LETTERS
+    valid = labels[:len(options)] if options else labels
     up, low = f"[{valid}]", f"[{valid}{valid.lower()}]"
     if m := re.fullmatch(rf"\(?({low})\)?", plain):
         return m[1].upper()
-    for letter, option in zip(LETTERS, options or ()):
+    for letter, option in zip(labels, options or ()):
         behind = re.sub(rf"^\(?{letter}\s*[.):]\s*", "", plain)
         if text_equal(text, option) or behind != plain and text_equal(behind, option):
             return letter
@@ -135,7 +134,9 @@ def read_choice(text: str, options: list[str] | None = None) -> str | None:
     # NOTE "A" may be an article and "I" a pronoun: a bare letter needs a sign or a verb behind it
     m = re.match(rf"\(({low})\)|({up})[.:]\s|({low})\)\s|({up})(?=\s(?:is|because|since)\b|,\s(?!or\b|and\b)[a-z]{{2}})"
                  rf"|(?:[Tt]he )?(?:[Oo]ption|[Cc]hoice) \(?({low})\b", plain)
-    return next(g for g in m.groups() if g).upper() if m else None
+    if m is None or re.match(r"\)?\s*is (?:not|wrong|incorrect|false)\b", plain[m.end():]):
+        return None
+    return next(g for g in m.groups() if g).upper()
 
 
 def _choice(response: str, options: list[str] | None) -> str | None:
@@ -272,12 +273,15 @@ def boolean(response: str, gold: str) -> bool:
 def text_equal(a: str, b: str) -> bool:
     """Equal but for case, articles, punctuation, spaces and number words. If b is a formula (symbols, or digits beside
     letters, and no plain word), equal but for spaces: case and brackets carry meaning in SMILES and code."""
-    formula = (re.search(r"[=#@()\[\]{}\\/+*^<>_]|\d[A-Za-z]|[A-Za-z]\d", b)
-               and not re.search(r"\b[A-Za-z]?[a-z]{3,}\b", b))
-    if formula:
+    if is_formula(b):
         return _squeeze(a) == _squeeze(b)
     a, b = _tokens(a), _tokens(b)
     return a == b and a != []
+
+
+def is_formula(text: str) -> bool:
+    symbols = re.search(r"[=#@()\[\]{}\\/+*^<>_]|\d[A-Za-z]|[A-Za-z]\d", text)
+    return symbols is not None and not re.search(r"\b[A-Za-z]?[a-z]{3,}\b", text)
 
 
 def _squeeze(text: str) -> str:
@@ -394,7 +398,7 @@ def math_equal(a: str, gold: str) -> bool:
     return True
 
 
-def math_expression(response: str, gold: str, rel_tol: float = 1e-6) -> bool:
+def math_expression(response: str, gold: str, rel_tol: float = 1e-6, abs_tol: float = 0) -> bool:
     want, seen = whole_number(gold), visible(response)
     answer = extract_answer(response)
     if want is None or seen is None:
@@ -403,7 +407,7 @@ def math_expression(response: str, gold: str, rel_tol: float = 1e-6) -> bool:
     got = read_number(response) if answer is None else whole_number(answer)
     if got is None and answer is not None and _parts(answer) is None:
         return algebra_equal(answer, gold)
-    return got is not None and same_value(got, want, rel_tol)
+    return got is not None and same_value(got, want, rel_tol, abs_tol)
 
 
 # ---- boxes, texts of pictures, captions, molecules ------------------------------------------------------------------
@@ -438,15 +442,19 @@ def edit_distance(a: str, b: str) -> int:
     return row[-1]
 
 
-def ocr_text(response: str, gold: str) -> float:
-    """Normalised Levenshtein similarity (ANLS, Biten et al. 2019, arXiv 1905.13648), 0 below a half."""
-    got, want = (" ".join(t.lower().split()) for t in (extract_answer(response) or "", gold))
+def anls(answer: str, gold: str, threshold: float = 0.5) -> float:
+    """Normalised Levenshtein similarity (ANLS, Biten et al. 2019, arXiv 1905.13648), 0 below the threshold."""
+    got, want = (" ".join(t.lower().split()) for t in (answer, gold))
     assert want, "the right text is empty"
     longest = max(len(got), len(want))
-    if 2 * min(len(got), len(want)) < longest:  # more than half differs: no need to count
+    if min(len(got), len(want)) < threshold * longest:  # too much differs: no need to count
         return 0.0
     similarity = 1 - edit_distance(got, want) / longest
-    return similarity if similarity >= 0.5 else 0.0
+    return similarity if similarity >= threshold else 0.0
+
+
+def ocr_text(response: str, gold: str) -> float:
+    return anls(extract_answer(response) or "", gold)
 
 
 def caption(response: str, gold: str) -> float:

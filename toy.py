@@ -711,23 +711,31 @@ def read(path: Path) -> str:
     return path.read_text()
 
 
-def draw_answers(path: Path, root: str, samples: list[dict]):
+def right(sample: dict) -> bool:
+    return next(iter(sample["numbers"].values())) == 1
+
+
+def accuracy(samples: list[dict]) -> float:
+    return statistics.fmean(map(right, samples))
+
+
+def draw_answers(path: Path, samples: list[dict]):
     """The first picture question of three disciplines in the file's order, right or wrong, with both answers."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
     first = {}
     for sample in samples:
-        if sample["image"] is not None:
-            first.setdefault(sample["discipline"], sample)
+        if sample["images"]:
+            first.setdefault(sample["group"], sample)
     shown = [first[name] for name in ("chemistry", "earth science", "astronomy")]
     figure, axes = pyplot.subplots(1, len(shown), figsize=(3.4 * len(shown), 4.4))
     for axis, sample in zip(axes, shown):
-        axis.imshow(Image.open(Path(root, sample["image"])))
-        axis.set(title=sample["discipline"], xticks=[], yticks=[])
+        axis.imshow(Image.open(sample["images"][0]))
+        axis.set(title=sample["group"], xticks=[], yticks=[])
         question = "\n".join(textwrap.fill(part, 34) for part in sample["question"].splitlines())
-        axis.set_xlabel(f"{question}\nright answer: {sample['answer']}\nmodel: {sample['prediction']}",
-                        color="darkgreen" if sample["correct"] else "darkred")
+        axis.set_xlabel(f"{question}\nright answer: {sample['gold']}\nmodel: {sample['read']}",
+                        color="darkgreen" if right(sample) else "darkred")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
@@ -741,21 +749,23 @@ def report(folder: Path):
         print(f"{stage:<14}{log[-1]['seconds']:>9.0f}{first:>12.3f}{last:>11.3f}")
 
     names = ("before", "after", "shuffled")
-    files = {name: json.loads(read(folder / f"eval_{name}" / "results.json")) for name in names}
-    before, after, shuffled = (file["results"]["toy"] for file in files.values())
+    files = [read(folder / f"eval_{name}" / "samples_toy.jsonl") for name in names]
+    before, after, shuffled = ([json.loads(row) for row in text.splitlines()] for text in files)
     print(f"\n{'discipline':<14}{'n':>5}{'chance':>8}{'before':>8}{'after':>8}{'images shuffled':>17}")
-    groups = [(name, *(part["by_group"][name] for part in (before, after, shuffled))) for name in after["by_group"]]
-    for name, *parts in [*groups, ("all", before, after, shuffled)]:
-        accuracies = "".join(f"{part['acc']:>{width}.3f}" for part, width in zip(parts, (8, 8, 17)))
-        print(f"{name:<14}{parts[1]['n']:>5}{parts[1]['chance']:>8.3f}{accuracies}")
-    blind, guess = shuffled["acc_picture"], shuffled["chance_picture"]
+    groups = {name: [[s for s in part if s["group"] == name] for part in (before, after, shuffled)]
+              for name in dict.fromkeys(s["group"] for s in after)}
+    for name, parts in [*groups.items(), ("all", (before, after, shuffled))]:
+        accuracies = "".join(f"{accuracy(part):>{width}.3f}" for part, width in zip(parts, (8, 8, 17)))
+        print(f"{name:<14}{len(parts[1]):>5}{statistics.fmean(s['chance'] for s in parts[1]):>8.3f}{accuracies}")
+    seeing = [s for s in shuffled if s["images"]]
+    blind, guess = accuracy(seeing), statistics.fmean(s["chance"] for s in seeing)
     print(f"\nquestions with a picture, images shuffled: {blind:.3f}, chance {guess:.3f}")
-    samples = [json.loads(row) for row in read(folder / "eval_after" / "samples_toy.jsonl").splitlines()]
-    draw_answers(folder / "demo.png", files["after"]["root"], samples)
+    draw_answers(folder / "demo.png", after)
     print(f"wrote {folder / 'demo.png'}")
 
-    missed = [f"overall accuracy {after['acc']:.3f} is under 0.75"] if after["acc"] < 0.75 else []
-    missed += [f"{name}: accuracy {part['acc']:.3f} is under 0.5" for name, _, part, _ in groups if part["acc"] < 0.5]
+    missed = [f"overall accuracy {accuracy(after):.3f} is under 0.75"] if accuracy(after) < 0.75 else []
+    missed += [f"{name}: accuracy {accuracy(part):.3f} is under 0.5" for name, (_, part, _) in groups.items()
+               if accuracy(part) < 0.5]
     if abs(blind - guess) > 0.10:
         missed.append(f"with shuffled images accuracy {blind:.3f} is more than 0.10 from chance {guess:.3f}")
     if missed:

@@ -1,9 +1,12 @@
 """rewards.py by cases; evaluate.py and chat.py end to end on small models that are made here."""
 import json
 import os
+import random
+import resource
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +23,10 @@ sys.path.insert(0, str(ROOT))
 import chat
 import common
 import evaluate
+import results as numbers
 import rewards
+import scorers
+import tasks
 from data import Tokenizer
 from model import PRESETS, Innovator
 
@@ -123,11 +129,14 @@ def test_number_tolerance_and_unknown_type():
 
 @pytest.mark.skipif(not (SHARED / "gsm8k").exists(), reason="the folder ../shared/data is not here")
 def test_real_answers_score_themselves():
-    for name in ("mathvision", "gsm8k"):  # read_documents checks each answer against itself
-        docs = evaluate.read_documents(evaluate.TASKS[name], SHARED)
-        assert len(docs) == {"mathvision": 304, "gsm8k": 1319}[name]
-        assert all(d["messages"][0]["content"].count("<image>") == len(d["images"]) for d in docs)
-        assert all((SHARED / p).exists() for d in docs for p in d["images"])
+    for name in ("mathvision_reason_testmini_reasoning", "gsm8k_boxed"):
+        docs = tasks.documents(name, SHARED)
+        assert len(docs) == {"mathvision_reason_testmini_reasoning": 304, "gsm8k_boxed": 1319}[name]
+        assert all(d["messages"][-1]["content"].count("<image>") == len(d["images"]) for d in docs)
+        assert all(p.exists() for d in docs for p in d["images"])
+        for d in docs:
+            found = scorers.score(d["scorer"], f"<answer>{d['gold']}</answer>", d["gold"], d["metric"], **d["kw"])
+            assert next(iter(found.numbers.values())) == 1, (d["id"], d["gold"], found)
     solutions = [json.loads(line)["answer"] for line in open(SHARED / "gsm8k" / "test.jsonl")]
     assert all(rewards.score(s, d["gold"], "number") for s, d in zip(solutions, docs))
     free = [s.replace("####", "so it is") for s in solutions]  # the last number of free text
@@ -212,9 +221,24 @@ def run_script(*args, nproc: int = 0, **options) -> subprocess.CompletedProcess:
                           text=True, env=env | {"OMP_NUM_THREADS": "1"}, timeout=120, **options)
 
 
-def final(out: Path) -> tuple[bytes, bytes]:
-    assert not list(out.glob("*.part")) and not list(out.glob(".*.tmp"))
-    return (out / "samples_toy.jsonl").read_bytes(), (out / "results.json").read_bytes()
+def final(out: Path, name: str = "toy") -> tuple[bytes, dict]:
+    """All but times."""
+    assert not list(out.glob("responses_*")) and not list(out.glob(".*.tmp"))
+    results = json.loads((out / "results.json").read_text())
+    return (out / f"samples_{name}.jsonl").read_bytes(), \
+        {k: v for k, v in results.items() if k not in ("date", "total_evaluation_time_seconds")}
+
+
+def texts(out: Path, name: str = "toy") -> list[str]:
+    return [r["text"] for row in read_lines(out / f"samples_{name}.jsonl") for r in row["responses"]]
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[int]:
+    """Sizes of the batches that a model was asked."""
+    sizes, respond = [], evaluate.respond
+    monkeypatch.setattr(evaluate, "respond", lambda *args: sizes.append(len(args[3])) or respond(*args))
+    return sizes
 
 
 COMMON = ("--tasks", "toy", "--batch", "3", "--max-new-tokens", "6", "--device", "cpu")
@@ -224,37 +248,47 @@ COMMON = ("--tasks", "toy", "--batch", "3", "--max-new-tokens", "6", "--device",
 def test_scores_and_table(tokenizer, world, tmp_path, monkeypatch, capsys):
     """A model that always says 4 is right for half of the pictures."""
     four = save(tokenizer, tmp_path / "four", says="4")
-    run_here(monkeypatch, four, *COMMON, "--data-root", world, "--samples", 1)
+    run_here(monkeypatch, four, *COMMON, "--data-root", world)
     rows, results = read_lines(four / "eval/samples_toy.jsonl"), json.loads((four / "eval/results.json").read_text())
     assert [r["id"] for r in rows] == [r["id"] for r in read_lines(world / "heldout/toy.jsonl")]
-    assert {(r["response"], r["tokens"], r["truncated"]) for r in rows} == {("4", 2, False)}
-    assert rows[1]["image"] == "heldout/images/1.png" and (Path(results["root"]) / rows[1]["image"]).exists()
+    assert all(r["responses"] == [{"text": "4", "tokens": 2, "truncated": False}] for r in rows)
+    assert rows[1]["images"] == [str(world / "heldout/images/1.png")] and not rows[8]["images"]
     assert rows[8]["question"] == ("Which is red?\nA. blue\nB. red\n"
                                    "Answer with the option's letter from the given choices directly.")
+    assert (rows[0]["numbers"], rows[1]["numbers"]) == ({"acc": 0.0, "strict": 0.0}, {"acc": 1.0, "strict": 0.0})
+    assert (rows[1]["read"], rows[8]["read"], rows[8]["numbers"]) == ("4", None, {"acc": None})
     toy = results["results"]["toy"]
-    assert (toy["n"], toy["n_picture"], toy["acc_picture"], toy["n_text"], toy["acc_text"]) == (11, 8, 0.5, 3, 0)
-    assert toy["by_group"] == {"mathematics": {"acc": 0, "n": 4, "chance": 0.5},
-                               "physics": {"acc": 1, "n": 4, "chance": 0.5},
-                               "general": {"acc": 0, "n": 3, "chance": 0.5}}
-    assert (toy["truncated"], toy["unparsed"], toy["errors"]) == (0, 3, 0)  # "4" names no letter
-    assert toy["stderr"] == pytest.approx((4 / 11 * 7 / 11 / 10) ** 0.5)
-    assert "| toy | 11 | 0.364 ± 0.152 | 0.500 | 0 | 3 | 0 |" in capsys.readouterr().out
+    assert {k: toy[k] for k in ("alias", "n", "unparsed", "truncated", "errors", "length", "chance")} == {
+        "alias": "toy", "n": 11, "unparsed": 3 / 11, "truncated": 0, "errors": 0, "length": 2, "chance": 0.5}
+    assert toy["by_group"] == {"mathematics": {"value": 0, "n": 4, "chance": 0.5},
+                               "physics": {"value": 1, "n": 4, "chance": 0.5},
+                               "general": {"value": 0, "n": 3, "chance": 0.5}}
+    assert toy["acc,none"] == 4 / 11 and toy["acc_stderr,none"] == pytest.approx((4 / 11 * 7 / 11 / 10) ** 0.5)
+    table = "|toy|1|0|acc|0.3636|0.1521|0.273|0.000|0.000|11|"
+    assert table in capsys.readouterr().out and table in (four / "eval/results.md").read_text()
+    assert results["higher_is_better"] == {"toy": {"acc": True}} and results["versions"] == {"toy": 1}
+    assert results["n-samples"] == {"toy": {"original": 11, "effective": 11}} and results["n-shot"] == {"toy": 0}
+    config = results["configs"]["toy"]
+    assert config["generation_kwargs"]["max_new_tokens"] == 6 and config["metric"] == "acc"
+    assert config["prompt"].endswith("<|vision_start|><|image_pad|>*4<|vision_end|>\nHow many corners has the shape?"
+                                     "<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_rescore_is_idempotent_and_reads_changed_answers(tokenizer, world, tmp_path, monkeypatch):
     four = save(tokenizer, tmp_path / "four", says="4")
     run_here(monkeypatch, four, *COMMON, "--data-root", world)
-    before = final(four / "eval")
+    before, results = final(four / "eval"), (four / "eval/results.json").read_bytes()
     (four / "model.safetensors").unlink()
-    run_here(monkeypatch, four, "--tasks", "toy", "--data-root", world, "--rescore")
-    assert final(four / "eval") == before
+    for _ in range(2):
+        run_here(monkeypatch, four, "--tasks", "toy", "--data-root", world, "--rescore")
+        assert final(four / "eval") == before and (four / "eval/results.json").read_bytes() == results
     write_rows(world, [r | {"answer": "4", "options": None, "answer_type": "number"}
                        for r in read_lines(world / "heldout/toy.jsonl")])
-    run_here(monkeypatch, "--tasks", "toy", "--data-root", world, "--rescore", "--out", four / "eval")
-    assert json.loads(final(four / "eval")[1])["results"]["toy"]["acc"] == 1
+    run_here(monkeypatch, "--data-root", world, "--rescore", "--out", four / "eval")
+    assert final(four / "eval")[1]["results"]["toy"]["acc,none"] == 1
 
 
-def test_batches_and_resume(checkpoint, world, tmp_path, monkeypatch):
+def test_batches_and_resume(checkpoint, world, tmp_path, monkeypatch, asked):
     """Rows do not change each other; killed in the middle of a line and resumed, the files are byte for byte the same,
     and only what is missing is generated."""
     def run(out, *more):
@@ -262,21 +296,20 @@ def test_batches_and_resume(checkpoint, world, tmp_path, monkeypatch):
     run("straight")
     samples, results = final(tmp_path / "straight")
     run("alone", "--batch", "1")
-    assert [r["response"] for r in read_lines(tmp_path / "alone/samples_toy.jsonl")] == \
-        [r["response"] for r in map(json.loads, samples.splitlines())]
+    assert texts(tmp_path / "alone") == texts(tmp_path / "straight")
 
-    asked, respond = [], evaluate.respond
-    def killed(model, tok, prompts, budget):
+    del asked[:]
+    respond = evaluate.respond
+    def killed(*args):
         if len(asked) == 2:
             raise KeyboardInterrupt
-        asked.append(len(prompts))
-        return respond(model, tok, prompts, budget)
+        return respond(*args)
     monkeypatch.setattr(evaluate, "respond", killed)
     with pytest.raises(KeyboardInterrupt):
         run("resumed")
-    part = tmp_path / "resumed/samples_toy.rank0.part"
+    part = tmp_path / "resumed/responses_toy.rank0.jsonl"
     part.write_bytes(part.read_bytes()[:-30])
-    monkeypatch.setattr(evaluate, "respond", lambda m, t, p, b: asked.append(len(p)) or respond(m, t, p, b))
+    monkeypatch.setattr(evaluate, "respond", respond)
     run("resumed")
     assert final(tmp_path / "resumed") == (samples, results)
     assert asked == [3, 3, 3, 3, 2]  # the second batch lost a row and is generated whole again
@@ -285,13 +318,15 @@ def test_batches_and_resume(checkpoint, world, tmp_path, monkeypatch):
     run("resumed")
     run("resumed", "--limit", "4")  # evenly spread: p0, p2, p5, t0; the other responses are kept
     assert [r["id"] for r in read_lines(tmp_path / "resumed/samples_toy.jsonl")] == ["p0", "p2", "p5", "t0"]
+    run("resumed", "--samples", "toy:1,10")
+    assert [r["id"] for r in read_lines(tmp_path / "resumed/samples_toy.jsonl")] == ["p1", "t2"]
     run("resumed")
     assert final(tmp_path / "resumed") == (samples, results) and asked == []
     run("resumed", "--no-resume")
     assert final(tmp_path / "resumed") == (samples, results) and sum(asked) == 11
 
 
-def test_changed_checkpoint_or_budget_reads_no_old_response(tokenizer, checkpoint, world, tmp_path, monkeypatch):
+def test_changed_checkpoint_or_budget_reads_no_old_response(checkpoint, world, tmp_path, monkeypatch, asked, capsys):
     other = shutil.copytree(checkpoint, tmp_path / "other")
     model = Innovator.from_pretrained(other)
     with torch.no_grad():
@@ -300,33 +335,35 @@ def test_changed_checkpoint_or_budget_reads_no_old_response(tokenizer, checkpoin
     model.save_pretrained(other)
     after = (other / "model.safetensors").read_bytes()
     assert before != after and before[:2 ** 16] == after[:2 ** 16] and before[-2 ** 16:] == after[-2 ** 16:]
-    asked, respond = [], evaluate.respond
-    monkeypatch.setattr(evaluate, "respond", lambda m, t, p, b: asked.append(len(p)) or respond(m, t, p, b))
-    for args, new in ((checkpoint, 11), (other, 11), (other, 0)):
+    kept = "11 saved responses are of another checkpoint: they are kept and not read"
+    for args, new, says in ((checkpoint, 11, False), (other, 11, True), (other, 0, True), (checkpoint, 0, True)):
         run_here(monkeypatch, args, *COMMON, "--data-root", world, "--out", tmp_path / "out")
-        assert sum(asked) == new
+        assert sum(asked) == new and (kept in capsys.readouterr().out) == says
         asked.clear()
-    run_here(monkeypatch, other, *COMMON, "--data-root", world, "--out", tmp_path / "out", "--max-new-tokens", "5")
-    assert sum(asked) == 11
+    run_here(monkeypatch, checkpoint, *COMMON, "--data-root", world, "--out", tmp_path / "out", "--max-new-tokens", "5")
+    assert sum(asked) == 11 and "11 saved responses are of other prompts or settings" in capsys.readouterr().out
 
 
-def test_one_two_and_four_processes(checkpoint, world, tmp_path, monkeypatch):
-    run_here(monkeypatch, checkpoint, *COMMON, "--data-root", world, "--out", tmp_path / "p1")
-    for n in (2, 4):
-        done = run_script("evaluate.py", checkpoint, *COMMON, "--data-root", world, "--threads", 1,
-                          "--out", tmp_path / f"p{n}", nproc=n)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert final(tmp_path / f"p{n}") == final(tmp_path / "p1")
+def test_one_two_and_four_processes(checkpoint, arc, tmp_path, monkeypatch):
+    """Greedy, log-likelihoods, sampled."""
+    for way, more in (("greedy", ("arc_easy", "--shots", "1")), ("sampled", ("--repeats", "2", "--temperature", "1"))):
+        args = ("--tasks", "toy", *more, *COMMON[2:], "--data-root", arc, "--out")
+        run_here(monkeypatch, checkpoint, *args, tmp_path / f"{way}1")
+        for n in (2, 4):
+            done = run_script("evaluate.py", checkpoint, *args, tmp_path / f"{way}{n}", "--threads", 1, nproc=n)
+            assert done.returncode == 0, done.stderr[-2000:]
+            for name in ("toy", "arc_easy")[:2 if way == "greedy" else 1]:
+                assert final(tmp_path / f"{way}{n}", name) == final(tmp_path / f"{way}1", name)
 
 
 def test_shuffled_images(checkpoint, world, tmp_path, monkeypatch):
     run_here(monkeypatch, checkpoint, *COMMON, "--data-root", world, "--shuffle-images", "--out", tmp_path / "a")
-    group = {f"heldout/images/{k}.png": ("mathematics", "physics")[k % 2] for k in range(8)}
+    group = {str(world / f"heldout/images/{k}.png"): ("mathematics", "physics")[k % 2] for k in range(8)}
     rows = read_lines(tmp_path / "a/samples_toy.jsonl")
-    dealt = [r["image"] for r in rows if r["image"]]
+    dealt = [r["images"][0] for r in rows if r["images"]]
     assert sorted(dealt) == sorted(group)
     for r in rows[:8]:
-        assert group[r["image"]] == r["discipline"] and r["image"] != f"heldout/images/{r['id'][1:]}.png"
+        assert group[r["images"][0]] == r["group"] and not r["images"][0].endswith(f"/{r['id'][1:]}.png")
 
 
 def test_bad_images_are_counted_and_mended(checkpoint, world, tmp_path, monkeypatch, capsys):
@@ -339,49 +376,251 @@ def test_bad_images_are_counted_and_mended(checkpoint, world, tmp_path, monkeypa
     for _ in range(2):  # the second time nothing is left to generate
         run_here(monkeypatch, checkpoint, *COMMON, "--data-root", world, "--out", tmp_path / "out")
     printed = capsys.readouterr().out
-    assert "toy: error: p2, heldout/images/2.png: image 0 cannot be decoded" in printed and "toy: error: p5" in printed
+    assert f"toy: error: p2, {cut}: image 0 cannot be decoded" in printed and "toy: error: p5" in printed
+    assert "11 documents, 0 to answer" in printed
     rows = read_lines(tmp_path / "out/samples_toy.jsonl")
     toy = json.loads((tmp_path / "out/results.json").read_text())["results"]["toy"]
-    assert toy["errors"] == 2 and toy["n"] == 11
-    assert [r["id"] for r in rows if r["error"]] == ["p2", "p5"] and not any(r["correct"] for r in rows if r["error"])
-    assert all(r["response"] == good[r["id"]]["response"] for r in rows if not r["error"])
+    assert toy["errors"] == 2 / 11 and toy["n"] == 11
+    assert [r["id"] for r in rows if r["error"]] == ["p2", "p5"]
+    assert all(r["numbers"] == {"acc": None, "strict": None} for r in rows if r["error"])
+    assert all(r["responses"] == good[r["id"]]["responses"] for r in rows if not r["error"])
     for p, b in bytes_of.items():
         p.write_bytes(b)
     run_here(monkeypatch, checkpoint, *COMMON, "--data-root", world, "--out", tmp_path / "out")
     assert final(tmp_path / "out") == final(tmp_path / "good")
 
 
+def test_bad_questions_are_named_and_counted(checkpoint, world, tmp_path, monkeypatch, capsys):
+    rows = read_lines(world / "heldout/toy.jsonl")
+    rows[8] |= {"options": []}
+    rows[9] |= {"answer": "E"}
+    rows[10] |= {"question": "so long " * 3000}
+    write_rows(world, rows)
+    run_here(monkeypatch, checkpoint, *COMMON, "--data-root", world, "--out", tmp_path / "out")
+    printed = capsys.readouterr().out
+    for line in ("toy: error: 00008: toy.jsonl, row 9: no options",
+                 "toy: error: t1: it cannot be scored: the right answer 'E' is none of", "toy: error: t2: prompt of "):
+        assert line in printed
+    assert json.loads((tmp_path / "out/results.json").read_text())["results"]["toy"]["errors"] == 3 / 11
+
+
 def test_absent_data_and_user_errors(checkpoint, world, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as e:
-        run_here(monkeypatch, checkpoint, *COMMON[2:], "--tasks", "gsm8k", "toy", "--data-root", world,
+        run_here(monkeypatch, checkpoint, *COMMON[2:], "--tasks", "gsm8k_boxed", "toy", "--data-root", world,
                  "--out", tmp_path / "out")
-    assert e.value.code == 1 and "gsm8k: not evaluated: " + str(world / "gsm8k/test.jsonl") in capsys.readouterr().out
+    assert e.value.code == 3 and f"not evaluated: gsm8k_boxed needs gsm8k/test below {world} (openai/gsm8k, main, " \
+        "test)" in capsys.readouterr().out
     assert list(json.loads((tmp_path / "out/results.json").read_text())["results"]) == ["toy"]
     run_here(monkeypatch, "--list", "--data-root", world)
-    assert "gsm8k/test.jsonl  (not there)" in capsys.readouterr().out
-    for args, message in (((checkpoint, "--tasks", "toi"), "choose from toy"), ((checkpoint,), "say what to evaluate"),
-                          (("--tasks", "toy"), "usage:"),
+    printed = capsys.readouterr().out
+    assert f"{world}/heldout/toy.jsonl\n" in printed and "gsm8k needs gsm8k/test and gsm8k/train below" in printed
+    for args, message in (((checkpoint, "--tasks", "toi"), "no task or group 'toi'"),
+                          ((checkpoint,), "say what to evaluate"),
+                          (("--tasks", "toy"), "usage:"), ((checkpoint, "--samples", "toy"), "give TASK:0,3"),
+                          ((checkpoint, *COMMON, "--data-root", world, "--samples", "toy:11"), "are 0 to 10"),
+                          ((checkpoint, *COMMON, "--data-root", world, "--repeats", "2"),
+                           "greedy responses are all the same"),
                           ((tmp_path / "nothing", *COMMON, "--data-root", world), "not found"),
                           ((checkpoint, *COMMON, "--data-root", world, "--rescore", "--out", tmp_path / "new"),
                            "not found")):
         with pytest.raises((AssertionError, common.UserError), match=message):
             run_here(monkeypatch, *args)
-    write_rows(world, [read_lines(world / "heldout/toy.jsonl")[0] | {"answer": "red"}])
-    with pytest.raises(common.UserError, match="toy.jsonl, line 1: the right answer 'red' is not a number"):
-        run_here(monkeypatch, checkpoint, *COMMON, "--data-root", world)
+
+
+def test_a_missing_library_loses_no_response(checkpoint, world, tmp_path, monkeypatch, asked, capsys):
+    args = (checkpoint, *COMMON, "--data-root", world, "--out", tmp_path)
+    score = scorers.score
+    def lacks(*args, **kw): raise common.UserError("this needs rdkit")
+    monkeypatch.setattr(scorers, "score", lacks)
+    with pytest.raises(SystemExit) as e:
+        run_here(monkeypatch, *args)
+    assert e.value.code == 3 and "toy: this needs rdkit; its responses are kept" in capsys.readouterr().out
+    monkeypatch.setattr(scorers, "score", score)
+    run_here(monkeypatch, *args)
+    assert sum(asked) == 11 and json.loads((tmp_path / "results.json").read_text())["results"]["toy"]["n"] == 11
+
+
+def test_show(checkpoint, world, monkeypatch, capsys):
+    run_here(monkeypatch, checkpoint, "--show", "toy", "--data-root", world)
+    printed = capsys.readouterr().out
+    assert "<|im_start|>user\n<|vision_start|><|image_pad|>*4<|vision_end|>\nHow many corners" in printed
+    assert f"{world}/heldout/images/0.png: 56 x 56" in printed and "right answer '3'" in printed
+
+
+# ---- evaluate: log-likelihoods, few-shot prompts, samples ------------------------------------------------------------
+def add(world: Path, name: str, rows: list[dict]) -> None:
+    path = world / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def arc_rows(n: int = 6) -> list[dict]:
+    """Every third question has an option of several tokens."""
+    options = [["three", "four", "red"], ["blue", "red", "three"], ["red", "a blue shape", "three corners"]]
+    return [{"id": f"q{k}", "question": f"What has the shape?{' really' * k}", "answerKey": "ABC"[k % 3],
+             "choices": {"text": options[k % 3], "label": ["A", "B", "C"]}} for k in range(n)]
+
+
+@pytest.fixture
+def arc(world) -> Path:
+    add(world, "arc/ARC-Easy/test.jsonl", arc_rows())
+    add(world, "arc/ARC-Easy/train.jsonl", arc_rows(4))
+    return world
+
+
+ARC = ("--tasks", "arc_easy", "--shots", "2", "--batch", "4", "--device", "cpu")
+
+
+def test_log_likelihoods_equal_unpacked_ones(checkpoint, arc, tmp_path, monkeypatch):
+    """Options of one token are read from the context's forward, the others packed; both as model.logits has them."""
+    run_here(monkeypatch, checkpoint, *ARC, "--data-root", arc, "--out", tmp_path)
+    model, tok = Innovator.from_pretrained(checkpoint), Tokenizer(checkpoint)
+    rows, counts = read_lines(tmp_path / "samples_arc_easy.jsonl"), set()
+    docs = tasks.documents("arc_easy", arc, 2)
+    assert len(rows) == 6 and docs[0]["pairs"][0][0].count("Question:") == 3
+    for doc, row in zip(docs, rows):
+        sums = []
+        for (context, option), (logp, characters, greedy) in zip(doc["pairs"], row["loglikelihood"], strict=True):
+            before, both = tok.encode(context), tok.encode(context + option)
+            counts.add(len(both) - len(before))
+            logits = model.logits(both)[len(before) - 1:-1]
+            target = torch.tensor(both[len(before):])
+            sums.append(logits.log_softmax(-1).gather(1, target[:, None]).sum().item())
+            assert logp == pytest.approx(sums[-1], abs=1e-4) and characters == len(option) - 1
+            assert greedy == (logits.argmax(-1) == target).all().item()
+        normed = [s / (len(o) - 1) for s, (_, o) in zip(sums, doc["pairs"])]
+        assert row["numbers"] == {"acc_norm": float(normed.index(max(normed)) == doc["gold"]),
+                                  "acc": float(sums.index(max(sums)) == doc["gold"])}
+        assert row["read"] == doc["options"][normed.index(max(normed))] and row["responses"] == []
+    assert 1 in counts and max(counts) > 2
+    assert list(json.loads((tmp_path / "results.json").read_text())["results"]["arc_easy"])[1] == "acc_norm,none"
+
+
+def test_token_boundary_moves_spaces_to_the_option(tokenizer):
+    doc = {"error": None, "pairs": [("the shape ", "three"), ("the shape", " three"), ("", "red")]}
+    tok = Tokenizer(tokenizer)
+    first, second, third = evaluate.pairs_of(doc, False, tok, 99)
+    assert first == second == (tok.encode("the shape"), tok.encode(" three"))
+    assert third == ([tok.pad], tok.encode("red"))
+    with pytest.raises(evaluate.BadRow, match="exceed the context 3"):
+        evaluate.pairs_of(doc, False, tok, 3)
+
+
+def test_bad_options_are_errors(checkpoint, arc, tmp_path, monkeypatch, capsys):
+    rows = arc_rows()
+    rows[1]["choices"] = {"text": [], "label": []}
+    rows[2]["answerKey"] = "D"
+    add(arc, "arc/ARC-Easy/test.jsonl", rows)
+    run_here(monkeypatch, checkpoint, *ARC, "--data-root", arc, "--out", tmp_path)
+    printed = capsys.readouterr().out
+    assert "00001: test.jsonl, row 2: the right answer B is none of the options []" in printed
+    assert "00002: test.jsonl, row 3: the right answer D is none of the options ['A', 'B', 'C']" in printed
+    done = read_lines(tmp_path / "samples_arc_easy.jsonl")
+    assert len(done) == 6 and [bool(r["error"]) for r in done] == [False, True, True, False, False, False]
+
+
+def test_a_plain_prompt_is_continued_until_a_stop_string(tokenizer, world, tmp_path, monkeypatch):
+    (world / "bbh/cot-prompts").mkdir(parents=True)
+    (world / "bbh/sums.json").write_text(json.dumps({"examples": [{"input": "2 + 2?", "target": "4"}] * 2}))
+    (world / "bbh/cot-prompts/sums.txt").write_text("canary\n-----\nAdd.\n\n" + "\n\n".join(
+        f"Q: {k} + 0?\nA: Let's think step by step. So the answer is {k}." for k in range(3)))
+    model = save(tokenizer, tmp_path / "model", says="4Q:7")
+    run_here(monkeypatch, model, "--tasks", "bbh", "--data-root", world, "--device", "cpu", "--max-new-tokens", "9")
+    rows = read_lines(model / "eval/samples_bbh.jsonl")
+    assert [r["responses"] for r in rows] == [[{"text": "4", "tokens": 3, "truncated": False}]] * 2  # it ended early
+    results = json.loads((model / "eval/results.json").read_text())
+    assert results["results"]["bbh"]["exact,none"] == 1 and results["n-shot"] == {"bbh": 3}
+    assert results["configs"]["bbh"]["prompt"].startswith("Add.\n\nQ: 0 + 0?\nA: Let's think step by step.\nSo")
+    assert results["configs"]["bbh"]["prompt"].endswith("Q: 2 + 2?\nA: Let's think step by step.\n")
+    run_here(monkeypatch, model, "--tasks", "bbh", "--data-root", world, "--device", "cpu", "--max-new-tokens", "9",
+             "--chat", "--out", tmp_path / "chat")
+    prompt = json.loads((tmp_path / "chat/results.json").read_text())["configs"]["bbh"]["prompt"]
+    assert "<|im_start|>user\nAdd.\n\nQ: 0" in prompt and prompt.endswith("<|im_start|>assistant\n")
+    assert texts(tmp_path / "chat", "bbh") == ["4Q:7"] * 2
+
+
+def test_several_samples(checkpoint, world, tmp_path, monkeypatch):
+    """avg@k and pass@k are those of the responses as they were saved."""
+    model = Innovator.from_pretrained(checkpoint)
+    with torch.no_grad():  # digits become likely, so that some answers are right
+        for token in "34":
+            model.lm_head.weight[Tokenizer(checkpoint).encode(token)[0]] *= 40
+    model.assets = checkpoint
+    model.save_pretrained(tmp_path / "model")
+    run_here(monkeypatch, tmp_path / "model", *COMMON[:4], "--max-new-tokens", "1", "--device", "cpu", "--data-root",
+             world, "--repeats", "4", "--temperature", "1", "--samples", "toy:0,1,2,3,4,5,6,7", "--out", tmp_path)
+    rows = read_lines(tmp_path / "samples_toy.jsonl")
+    right = [[r["text"] == row["gold"] for r in row["responses"]] for row in rows]
+    assert all(len(r) == 4 for r in right) and len({str(r) for r in right}) > 1
+    toy = json.loads((tmp_path / "results.json").read_text())["results"]["toy"]
+    assert toy["avg@4,none"] == pytest.approx(sum(map(sum, right)) / 32)
+    assert toy["pass@4,none"] == sum(map(any, right)) / 8 and toy["n"] == 8
+    assert [r["numbers"]["acc"] or 0 for r in rows] == [sum(r) / 4 for r in right]
+
+
+def test_groups_average_and_stand_beside_the_published(capsys):
+    def result(v, e, n): return {"alias": "", "acc,none": v, "acc_stderr,none": e, "unparsed": 0.0, "truncated": 0.0,
+                                 "errors": 0.0, "n": n}
+    results = {"rxnbench_vqa_en": result(0.5, 0.1, 10), "rxnbench_vqa_zh": result(0.7, 0.2, 30),
+               "agieval_choice": result(0.5, 0.1, 30), "agieval_math": result(0.2, 0.1, 10),
+               "agieval_gaokao-mathcloze": result(0.0, 0.0, 10)}
+    groups = numbers.group_results(results)
+    assert list(groups) == ["rxnbench_vqa", "agieval"]
+    assert groups["rxnbench_vqa"]["score,none"] == pytest.approx(0.6)
+    assert groups["rxnbench_vqa"]["score_stderr,none"] == pytest.approx((0.05 ** 2 + 0.1 ** 2) ** 0.5)
+    assert groups["agieval"]["score,none"] == pytest.approx(0.34) and groups["agieval"]["n"] == 50  # by size
+    assert groups["agieval"]["score_stderr,none"] == pytest.approx((0.06 ** 2 + 0.02 ** 2) ** 0.5)
+    text = numbers.tables({"results": results, "groups": groups, "versions": dict.fromkeys(results, 1),
+                            "n-shot": dict.fromkeys(results, 0)}, with_published=True)
+    assert "|rxnbench_vqa_en|50.00|82.36|79.80|" in text and "|agieval|0.3400|0.0632|50|" in text
+
+
+def test_a_full_disk_loses_nothing(checkpoint, world, tmp_path, monkeypatch):
+    args = ("--data-root", world, *COMMON)
+    run_here(monkeypatch, checkpoint, *args, "--out", tmp_path / "good")
+    full = run_script("evaluate.py", checkpoint, *args, "--out", tmp_path / "out",
+                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500)))
+    assert full.returncode == 2 and "responses_toy.rank0.jsonl: File too large; finished responses" in full.stderr
+    assert full.stderr.count("Traceback") == 0 and (tmp_path / "out/responses_toy.rank0.jsonl").stat().st_size == 1500
+    done = run_script("evaluate.py", checkpoint, *args, "--out", tmp_path / "out")
+    assert done.returncode == 0 and "11 documents, 11 to answer" not in done.stdout
+    assert final(tmp_path / "out") == final(tmp_path / "good")
+
+
+@pytest.mark.skipif(not (SHARED / "mathvision").exists(), reason="the folder ../shared/data is not here")
+def test_mathvision_killed_anywhere_and_resumed(checkpoint, tmp_path, monkeypatch):
+    """All 304 questions with their pictures; SIGKILL after some batches."""
+    args = (checkpoint, "--tasks", "mathvision", "--data-root", SHARED, "--max-new-tokens", "4", "--min-pixels", "3136",
+            "--max-pixels", "20000", "--device", "cpu", "--threads", "1", "--out")
+    name = "mathvision_reason_testmini_reasoning"
+    run_here(monkeypatch, *args, tmp_path / "good")
+    process = subprocess.Popen([sys.executable, str(ROOT / "evaluate.py"), *map(str, args), str(tmp_path / "out")],
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    part, wanted = tmp_path / f"out/responses_{name}.rank0.jsonl", random.randrange(1, 250)
+    while process.poll() is None and not (part.exists() and part.read_bytes().count(b"\n{") >= wanted):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    before = part.read_bytes().count(b"}\n") if part.exists() else 304
+    assert before >= wanted
+    run_here(monkeypatch, *args, tmp_path / "out")
+    samples, results = final(tmp_path / "good", name)
+    assert final(tmp_path / "out", name) == (samples, results) and results["results"][name]["n"] == 304
+    assert results["results"][name]["errors"] == 0 and len(samples.splitlines()) == 304
 
 
 @pytest.mark.skipif(not (SHARED / "gsm8k").exists(), reason="the folder ../shared/data is not here")
 def test_real_tasks_run(checkpoint, tmp_path, monkeypatch):
-    run_here(monkeypatch, checkpoint, "--tasks", "mathvision", "gsm8k", "--data-root", SHARED,
+    run_here(monkeypatch, checkpoint, "--tasks", "mathvision", "gsm8k_boxed", "--data-root", SHARED,
              "--out", tmp_path / "out", "--limit", "3", "--max-new-tokens", "4", "--min-pixels", "3136",
              "--max-pixels", "50000", "--device", "cpu")
     results = json.loads((tmp_path / "out/results.json").read_text())["results"]
-    assert list(results) == ["mathvision", "gsm8k"]
-    assert all((r["n"], r["truncated"], r["errors"]) == (3, 3, 0) for r in results.values())
-    with pytest.raises(SystemExit):  # 2048 new tokens do not fit the context: nothing but errors is a failure
+    assert list(results) == ["mathvision_reason_testmini_reasoning", "gsm8k_boxed"]
+    assert all((r["n"], r["truncated"], r["errors"]) == (3, 1, 0) for r in results.values())
+    with pytest.raises(SystemExit) as e:  # 2048 new tokens do not fit the context: nothing but errors is a failure
         run_here(monkeypatch, checkpoint, "--tasks", "mathvision", "--data-root", SHARED, "--out", tmp_path / "none",
                  "--limit", "2")
+    assert e.value.code == 1
 
 
 # ---- chat -----------------------------------------------------------------------------------------------------------

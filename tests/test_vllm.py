@@ -296,3 +296,18 @@ def test_a_rank_that_only_generates(school, tmp_path):
     assert [row["step"] for row in made] == list(range(1, 7)) and all(row["responses"] == 32 for row in made)
     assert all(0 <= row["staleness"] <= 1 for row in made)
     assert all(row["gap_max"] <= 1e-2 for row in made if not row["staleness"]) and not made[0]["staleness"]
+
+
+def test_evaluation_by_either_engine(toy, tokenizer, asked, tmp_path):
+    """Greedy responses of a taught model are the same from both; the next run has nothing to answer."""
+    save(PRESETS["tiny"], tokenizer, tmp_path / "model", [(q, images, "red") for q, images in asked])
+    args = ("evaluate.py", tmp_path / "model", "--tasks", "toy", "--data-root", toy, "--max-new-tokens", 4, "--dtype",
+            "fp32")
+    launch(*args, "--out", tmp_path / "torch", "--threads", 1)
+    for line in ("12 to answer", "0 to answer"):
+        done = launch(*args, "--out", tmp_path / "vllm", "--engine", "vllm", "--eager", "--engine-memory", 0.3,
+                      "--context", 512, "--limit", 12)
+        assert line in done.stdout
+    ours, theirs = ({(row := json.loads(line))["id"]: row["responses"] for line in open(tmp_path / x /
+                     "samples_toy.jsonl")} for x in ("torch", "vllm"))
+    assert len(theirs) == 12 and all(ours[i] == r for i, r in theirs.items())

@@ -1,0 +1,152 @@
+"""From responses to numbers: the rows of samples_TASK.jsonl, the entries of results.json and the tables of results.md.
+evaluate.py calls it with fresh responses and with saved ones (--rescore).
+
+    row, each = graded(doc, saved)                   # each: the numbers of every response, the metric first
+    summary(name, task, docs, rows, [each, ..])      # {"alias", "acc,none", "acc_stderr,none", .., "unparsed", "n", ..}
+    group_results({name: summary})                   # the papers' averages, where all members have a score
+"""
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+
+import scorers
+from tasks import GROUPS, Task, average, published
+
+LOWER_IS_BETTER = ("rmse", "levenshtein")
+
+
+def digest(*values) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:24]
+
+
+def prompt_hash(doc: dict) -> str:
+    return digest(doc["messages"], doc["context"], doc["pairs"], [Path(p).name for p in doc["images"]])
+
+
+def answered(row: dict | None) -> bool:
+    return bool(row and (row["responses"] or row["loglikelihood"]))
+
+
+def graded(doc: dict, row: dict) -> tuple[dict, list[dict]]:
+    """The document's row of samples_TASK.jsonl, and the numbers of each of its responses, the metric first."""
+    error, reads = row["error"] if not answered(row) else doc["error"], []
+    names = ["acc", "acc_norm"] if doc["scorer"] == "likelihood" else list(scorers.SCORERS[doc["scorer"]][1])
+    each = [dict.fromkeys(sorted(names, key=lambda name: name != doc["metric"]))]
+    if not error and doc["gold"] is None:
+        error = "the right answer is not published"
+    if not error and doc["pairs"]:
+        right = doc["gold"] if isinstance(doc["gold"], list) else [doc["gold"]]
+        sums = [logp for logp, *_ in row["loglikelihood"]]
+        normed = [logp / max(len(option), 1) for logp, option in zip(sums, doc["options"])]
+        best = {name: max(range(len(v)), key=v.__getitem__) for name, v in (("acc", sums), ("acc_norm", normed))}
+        each = [{name: float(best[name] in right) for name in each[0]}]
+        reads = [doc["options"][best[next(iter(each[0]))]]]
+    elif not error:
+        try:
+            found = [scorers.score(doc["scorer"], r["text"], doc["gold"], doc["metric"], **doc["kw"])
+                     for r in row["responses"]]
+            each, reads = [s.numbers for s in found], [s.read for s in found]
+        except (AssertionError, ValueError) as e:
+            error = f"it cannot be scored: {e}"
+    numbers = {name: None if all(e[name] is None for e in each) else scorers.mean([e[name] for e in each])["value"]
+               for name in each[0]}
+    texts = [p[0] for p in doc["pairs"][:1]] or [m["content"] for m in doc["messages"][-1:]] or [doc["context"]]
+    return {"id": doc["id"], "key": row["key"], "group": doc["group"], "cluster": doc["cluster"], "gold": doc["gold"],
+            "prompt_hash": prompt_hash(doc), "responses": row["responses"],
+            "loglikelihood": [[logp, len(option), hit] for (logp, *_, hit), option
+                              in zip(row["loglikelihood"], doc["options"] or ())],
+            "numbers": numbers, "read": reads[0] if len(reads) == 1 else reads or None, "error": error,
+            "images": [str(p) for p in doc["images"]], "question": texts[0].replace("<image>\n", "")[-2000:],
+            "options": doc["options"], "chance": doc["chance"]}, each
+
+
+def summary(name: str, task: Task, docs: list[dict], rows: list[dict], each: list[list[dict]]) -> dict:
+    """A task's entry in results.json; its metric comes first. Tasks that mix scorers call it score."""
+    firsts = {next(iter(e[0])) for e in each}
+    metric = f"avg@{task.samples}" if task.samples > 1 else firsts.pop() if len(firsts) == 1 else "score"
+    values = [next(iter(r["numbers"].values())) for r in rows]
+    found = {metric: scorers.mean(values)}
+    if task.aggregate == "rmse":
+        inner = scorers.rmse(values)
+        spread = inner["stderr"] and inner["stderr"] * inner["score"]
+        found = {"exp(-rmse)": {"value": inner["score"], "stderr": spread}, "rmse": inner}
+    elif task.aggregate in ("group_mean", "all_in_group"):
+        by = [r["group" if task.aggregate == "group_mean" else "cluster"] for r in rows]
+        found = {metric: getattr(scorers, task.aggregate)(values, by)}
+    elif task.aggregate == "wemath":  # the published number is the plain mean
+        with contextlib.suppress(AssertionError):  # --limit may leave no problem whole
+            more = scorers.wemath(values, [r["cluster"] for r in rows], [d["extra"].get("key", "") for d in docs])
+            found |= {k: more[k] for k in ("strict", "loose")}
+    if task.samples > 1:
+        main = [[next(iter(e.values())) for e in own] for own in each]
+        if all(v in (None, 0, 1) for own in main for v in own):
+            found[f"pass@{task.samples}"] = scorers.mean([max(v or 0.0 for v in own) for own in main])
+    for other in list(rows[0]["numbers"])[1:]:
+        if all(other in r["numbers"] for r in rows):
+            found[other] = scorers.mean([r["numbers"][other] for r in rows])
+    if all(r["gold"] is None for r in rows):
+        found = {m: {"value": None, "stderr": None} for m in found}
+    responses = [r for row in rows for r in row["responses"]]
+    def share(hits, of): return sum(hits) / len(of) if of else 0.0
+    fine = [e for own, r in zip(each, rows) if not r["error"] for e in own]
+    subjects = dict.fromkeys(r["group"] for r in rows if r["group"])
+    parts = {g: [i for i, r in enumerate(rows) if r["group"] == g] for g in subjects}
+    def middle(values, some): return sum(values[i] or 0.0 for i in some) / len(some)
+    return {"alias": name} | {f"{m}{kind},none": v[key] for m, v in found.items()
+                              for kind, key in (("", "value"), ("_stderr", "stderr"))} \
+        | {"unparsed": share((next(iter(e.values())) is None for e in fine), fine),
+           "truncated": share((r["truncated"] for r in responses), responses),
+           "errors": share((r["error"] is not None for r in rows), rows),
+           "length": share((r["tokens"] for r in responses), responses),
+           "chance": share((d["chance"] for d in docs), docs), "n": len(rows),
+           "by_group": {g: {"value": middle(values, some), "n": len(some),
+                            "chance": middle([d["chance"] for d in docs], some)} for g, some in parts.items()}}
+
+
+def metrics(result: dict) -> list[str]:
+    """Names of a task's numbers, its metric first."""
+    return [k[:-5] for k in result if k.endswith(",none") and not k.endswith("_stderr,none")]
+
+
+def main_number(result: dict) -> tuple[str, float | None, float | None]:
+    """Name, value and stderr of a task's metric."""
+    name = metrics(result)[0]
+    return name, result[f"{name},none"], result[f"{name}_stderr,none"]
+
+
+def group_results(results: dict[str, dict]) -> dict[str, dict]:
+    """Groups whose members all have scores. stderr: with the weights of the average."""
+    scores = {name: main_number(r)[1] for name, r in results.items() if main_number(r)[1] is not None}
+    sizes, groups = {name: r["n"] for name, r in results.items()}, {}
+    for g in GROUPS:
+        if (value := average(g, scores, sizes)) is not None:
+            share = {t: average(g, {s: float(s == t) for s in scores}, sizes) for t in scores}
+            parts = [(w, main_number(results[t])[2]) for t, w in share.items() if w]
+            spread = None if any(e is None for _, e in parts) else sum((w * e) ** 2 for w, e in parts) ** 0.5
+            groups[g] = {"alias": g, "score,none": value, "score_stderr,none": spread,
+                         "n": sum(sizes[t] for t, w in share.items() if w)}
+    return groups
+
+
+def tables(r: dict, with_published: bool) -> str:
+    """results.md."""
+    lines = ["|Tasks|Version|n-shot|Metric|Value|Stderr|unparsed|truncated|errors|n|", "|" + "---|" * 10]
+    def number(v): return "" if v is None else f"{v:.4f}"
+    for name, result in r["results"].items():
+        rest = "|".join(f"{result[k]:.3f}" for k in ("unparsed", "truncated", "errors"))
+        for m in metrics(result):
+            lines.append(f"|{name}|{r['versions'][name]}|{r['n-shot'][name]}|{m}|{number(result[f'{m},none'])}|"
+                         f"{number(result[f'{m}_stderr,none'])}|{rest}|{result['n']}|")
+    if r["groups"]:
+        lines += ["", "|Groups|Average|Stderr|n|", "|---|---|---|---|"]
+        lines += [f"|{g}|{number(x['score,none'])}|{number(x['score_stderr,none'])}|{x['n']}|"
+                  for g, x in r["groups"].items()]
+    ours = {name: main_number(x)[1] for name, x in (r["results"] | r["groups"]).items()}  # fractions
+    for title in dict.fromkeys(g.table for g in GROUPS.values() if g.table) if with_published else ():
+        models, theirs = published(title)
+        if rows := [name for name in theirs if ours.get(name) is not None]:
+            lines += ["", f"{title}, percent", "", f"|task|ours|{'|'.join(models)}|", "|---" * (len(models) + 2) + "|"]
+            lines += [f"|{name}|{100 * ours[name]:.2f}|" + "|".join(f"{v:.2f}" for v in theirs[name]) + "|"
+                      for name in rows]
+    return "\n".join(lines) + "\n"
