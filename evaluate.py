@@ -34,6 +34,7 @@ import os
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -74,7 +75,7 @@ class Config:
     min_pixels: int = 0  # smallest image area, 0: the task's
     max_pixels: int = 0  # largest image area, 0: the task's
     chat: bool = False  # chat template around plain prompts that are continued
-    batch: int = 0  # responses generated together, 0: 16, with vllm 1024
+    batch: int = 0  # responses generated together, 0: 16, with vllm 256
     seed: int = 0  # of sampling
     device: str = "auto"  # cuda, cuda:N or cpu; auto: a GPU if there is one
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
@@ -91,7 +92,7 @@ class Config:
     list: bool = False  # print the tasks, groups and the files they need
 
     def __post_init__(self):
-        self.batch = self.batch or (16 if self.engine == "torch" else 1024)
+        self.batch = self.batch or (16 if self.engine == "torch" else 256)
         assert self.batch > 0, f"--batch {self.batch} must be positive"
         assert re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device), \
             f"--device {self.device}: give auto, cpu, cuda or cuda:N"
@@ -317,13 +318,32 @@ def saved_rows(out: Path, name: str) -> dict[str, dict]:
     return rows
 
 
+def read_ahead(read, batches):
+    """(number, documents, what read makes of each or its BadRow); a batch is read while the one before is answered."""
+    def tried(d):
+        try:
+            return read(d, decode=True)
+        except BadRow as e:
+            return e
+    with ThreadPoolExecutor(8) as pool:
+        before = None
+        for i, batch in batches:
+            coming = i, batch, [pool.submit(tried, d) for d in batch]
+            if before:
+                yield *before[:2], [f.result() for f in before[2]]
+            before = coming
+        if before:
+            yield *before[:2], [f.result() for f in before[2]]
+
+
 def collect(name: str, docs: list[dict], keys: dict[str, str], out: Path, size: int, seed: int, read, answer, wait):
     """Rows by key: answers of all documents and what else was saved; complete on rank 0 only. read(doc, decode) is what
     the model gets, answer(them, seed) its answers. What an earlier run answered is not asked again."""
     saved, lengths, failed = saved_rows(out, name), {}, {}
     wait()  # all have read before one writes
-    other = [k for k, row in saved.items() if answered(row) and k not in keys.values()]
-    if foreign := sum(k[:12] != next(iter(keys.values()))[:12] for k in other):
+    known, (weights, *_) = set(keys.values()), next(iter(keys.values())).split("-")
+    other = [k for k, row in saved.items() if answered(row) and k not in known]
+    if foreign := sum(not k.startswith(weights) for k in other):
         print0(f"{name}: {foreign} saved responses are of another checkpoint: they are kept and not read")
     if len(other) > foreign:
         print0(f"{name}: {len(other) - foreign} saved responses are of other prompts or settings: kept and not read")
@@ -346,15 +366,13 @@ def collect(name: str, docs: list[dict], keys: dict[str, str], out: Path, size: 
     def lacks(d): return keys[d["id"]] not in saved and keys[d["id"]] not in failed
     todo = [b for b in batches if any(map(lacks, b[1]))]
     print0(f"{name}: {len(docs)} documents, {sum(map(lacks, docs))} to answer, {len(failed)} errors")
-    for i, batch in tqdm(todo[rank()::world()], desc=name, unit=f"x{size}", disable=None if is_rank0() else True):
-        asked, new = [], []
-        for d in batch:
-            try:
-                asked.append((d, read(d, decode=True)))
-            except BadRow as e:  # its header was fine, its pixels are not
-                new.append(row(d, error=str(e)))
-        new += [row(d, a) for (d, _), a in zip(asked, answer([p for _, p in asked], seed * 1_000_003 + i))] \
-            if asked else []
+    for i, batch, prompts in read_ahead(read, tqdm(todo[rank()::world()], desc=name, unit=f"x{size}",
+                                                   disable=None if is_rank0() else True)):
+        asked = [(d, p) for d, p in zip(batch, prompts) if not isinstance(p, BadRow)]
+        new = [row(d, error=str(p)) for d, p in zip(batch, prompts) if isinstance(p, BadRow)]  # pixels, not the header
+        if asked:
+            answers = answer([p for _, p in asked], seed * 1_000_003 + i)
+            new += [row(d, a) for (d, _), a in zip(asked, answers, strict=True)]
         path = out / f"responses_{name}.rank{rank()}.jsonl"
         try:
             with open(path, "a") as f:  # begins with a new line: a killed run may have left half of one
