@@ -11,6 +11,7 @@ question of its task, and raises BadRow for one that cannot be asked (it counts 
 import ast
 import csv
 import functools
+import io
 import json
 import random
 import re
@@ -22,6 +23,7 @@ from data import BadRow, JsonlFile, ParquetFile, _images
 from prompts import (ARENA, BOXED, CAPTION2MOL, CLUEWSC, DIRECT, GPQA, HINTS, MOL2CAPTION, PROPERTIES, PROPERTY, SFE,
                      XLRS, XLRS_SEVERAL)
 from rewards import LETTERS, boxed
+from scorers import one_header
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".txt")
 YES = {"labels": ("Yes", "No")}
@@ -229,7 +231,8 @@ def sfe(row, i):
     scorer = {"mcq": "choice", "open_ended": "overlap"}.get(kind) or open_kind(row, gold).replace("molecule", "exact")
     if row["id"].split("/")[0].lower() in ("e011", "e012"):
         scorer = "iou"
-    images = pictures(row, row["images"])
+    images = [image if isinstance(image, bytes) or image.exists() else row["_root"] / "sfe" / "images" / image.name
+              for image in pictures(row, row["images"])]  # names, of files beside the folders of the languages
     text = (f"You are an expert in {row['field']} and need to solve the following question.\n{SFE[kind]}\n\n"
             f"{plain(row['question'])}")
     return document(gold, text="<image>\n" * len(images) + "\n".join([text, *(options or [])]), images=images,
@@ -243,13 +246,18 @@ def superchem(language: str, template: str):
         options = {k: v for k, v in sorted(dict(row[f"options_{language}"] or {}).items()) if v is not None}
         text = template.format(question=row[f"question_{language}"],
                                options="".join(f"{k}: {v}\n" for k, v in options.items()))
-        stored = dict(row.get("question_images") or {}) | dict(row.get("options_images") or {})
-        links = re.findall(r"<MultiModal>\s*!?\s*\[.+?\]\s*\(([^)]+)\)\s*</MultiModal>", text, re.I | re.S)
-        if lost := [link for link in links if stored.get(link) is None]:
-            raise BadRow(f"image {lost[0]} is not in the row")
-        text = re.sub(r"<MultiModal>.*?</MultiModal>", "<image>", text, flags=re.I | re.S)
-        choice, gold = row["question_type"] == "multiple_choice", row[f"answer_{language}"]
-        return document("".join(gold) if choice else gold[0], text=text, images=[stored[k] for k in links],
+        stored = {k: v for field in ("question_images", "options_images")
+                  for k, v in dict(row.get(field) or {}).items() if v is not None}
+        images = []
+        def place(tag):
+            link = re.fullmatch(r"\s*!?\s*\[.+\]\s*\(([^)]+)\)\s*", tag[1], re.S)
+            if link is None or link[1] not in stored:
+                raise BadRow(f"{tag[0][:200]} names no image of question_images or options_images")
+            images.append(stored[link[1]])
+            return "<image>"
+        text = re.sub(r"<MultiModal>(.*?)</MultiModal>", place, text, flags=re.I | re.S)
+        choice, gold = row["question_type"] == "multiple_choice", as_list(row[f"answer_{language}"], None)
+        return document("".join(gold) if choice else gold[0], text=text, images=images,
                         scorer="choice-set" if choice else "exact", chance=0.0,  # any set of letters may be right
                         kw={"labels": "".join(options)} if choice else {}, id=row.get("uuid") or "")
     return load
@@ -285,32 +293,31 @@ def sciassess(row, i):
         gold, options = re.match(r"\s*\(?(\w)\b", gold)[1].upper(), bare(options)
         kw = {"options": options}
     elif "compare_fields" in row:
-        gold, kw = one_header(gold, row["compare_fields"], row.get("index"))
+        gold, kw = named_table(gold, row["compare_fields"], row.get("index"))
     return document(gold, options=options, kw=kw) | {"messages": messages}
 
 
-def one_header(table: str, fields: list, index: str | None) -> tuple[str, dict]:
-    """A table whose header has two lines ("Composition,Composition" over "Fe,Co") with one: "Composition Fe"."""
-    first, *rest = table.strip().splitlines()
-    head = next(csv.reader([first]))
+def named_table(text: str, fields: list, index: str | None) -> tuple[str, dict]:
+    """A right table with one header line, and the scorer's arguments. Fields of two parts stand under two headings."""
+    table = list(csv.reader(text.strip().splitlines()))
     if any(isinstance(f, list) for f in fields):
-        below = next(csv.reader(rest[:1]))
-        head, rest = [" ".join(filter(None, pair)) for pair in zip(head, below)], rest[1:]
-    head[0] = head[0] or index or head[0]  # some tables leave the corner empty
+        table = one_header(table)
+    table[0][0] = table[0][0] or index or ""  # some tables leave the corner empty
+    out = io.StringIO()
+    csv.writer(out, lineterminator="\n").writerows(table)
     names = [" ".join(f) if isinstance(f, list) else f for f in fields]
-    quoted = ",".join(f'"{h}"' if "," in h else h for h in head)
-    return "\n".join([quoted, *rest]), {"fields": names} | ({"index": index} if index else {})
+    return out.getvalue().strip(), {"fields": names} | ({"index": index} if index else {})
 
 
 def olympicarena(row, i):
     kind, answer = row["answer_type"], row["answer"]
     if not answer:
         raise BadRow("no answer: the test part has none, take the validation part")
-    parts = [str(a) for a in answer] if isinstance(answer, list) else [str(answer)]
+    gold = ", ".join(as_list(answer, None))
     scorer = {"SC": "choice", "MC": "choice-set", "TF": "choice"}.get(kind, "math")
     kw = {"labels": ("True", "False")} if kind == "TF" else {"abs_tol": 1e-5} if scorer == "math" else {}
-    return document(", ".join(parts), text=plain(row["prompt"]), system=ARENA, scorer=scorer, kw=kw,
-                    group=row.get("modality"), id=row["id"])
+    return document([gold, f"\\{{{gold}\\}}"] if kind == "SET" else gold, text=plain(row["prompt"]), system=ARENA,
+                    scorer=scorer, kw=kw, group=row.get("modality"), id=row["id"])
 
 
 def olympiad(row, i):

@@ -35,6 +35,7 @@ import common
 import scorers
 import tasks
 from common import UserError
+from results import main_number
 
 MACHINE = {"checkpoint", "model", "data_root", "root", "out", "device", "threads"}  # settings of no interest elsewhere
 COLOURS = ("#2a7fc0", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#7a68d6")
@@ -61,12 +62,6 @@ def number(x) -> float | None:
     return float(x) if isinstance(x, (int, float)) and math.isfinite(x) else None
 
 
-def first(result: dict) -> tuple[str, float | None, float | None]:
-    """The metric, its value and standard error: the first of the keys METRIC,FILTER."""
-    metric, _, kind = next((k for k in result if "," in k), "").partition(",")
-    return metric, number(result.get(f"{metric},{kind}")), number(result.get(f"{metric}_stderr,{kind}"))
-
-
 class Run:
     def __init__(self, folder: str):
         self.folder, path = Path(folder), Path(folder) / "results.json"
@@ -75,7 +70,8 @@ class Run:
         try:
             self.info = json.loads(path.read_bytes())
             self.results = self.info["results"]
-            self.scores = {t: first(r) for t, r in (self.results | (self.info.get("groups") or {})).items()}
+            main = {t: main_number(r) for t, r in (self.results | (self.info.get("groups") or {})).items()}
+            self.scores = {t: (metric, number(value), number(error)) for t, (metric, value, error) in main.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{path}: not what evaluate.py writes ({type(e).__name__}: {e})") from e
         self.name = "/".join(Path(str(self.info.get("checkpoint") or folder)).parts[-2:])

@@ -13,7 +13,7 @@ from pathlib import Path
 import scorers
 from tasks import GROUPS, Task, average, published
 
-LOWER_IS_BETTER = ("rmse", "levenshtein")
+LOWER_IS_BETTER = ("rmse", "corpus_levenshtein")  # levenshtein of a molecule is a similarity
 
 
 def digest(*values) -> str:
@@ -66,7 +66,8 @@ def summary(name: str, task: Task, docs: list[dict], rows: list[dict], each: lis
     firsts = {next(iter(e[0])) for e in each}
     metric = f"avg@{task.samples}" if task.samples > 1 else firsts.pop() if len(firsts) == 1 else "score"
     values = [next(iter(r["numbers"].values())) for r in rows]
-    found = {metric: scorers.mean(values)}
+    main = [[next(iter(e.values())) for e in own] for own in each]
+    found = {metric: scorers.avg_at_k(main)}
     if task.aggregate == "rmse":
         inner = scorers.rmse(values)
         spread = inner["stderr"] and inner["stderr"] * inner["score"]
@@ -79,9 +80,14 @@ def summary(name: str, task: Task, docs: list[dict], rows: list[dict], each: lis
             more = scorers.wemath(values, [r["cluster"] for r in rows], [d["extra"].get("key", "") for d in docs])
             found |= {k: more[k] for k in ("strict", "loose")}
     if task.samples > 1:
-        main = [[next(iter(e.values())) for e in own] for own in each]
+        main = [own + [None] * (task.samples - len(own)) for own in main]  # an error has no responses
         if all(v in (None, 0, 1) for own in main for v in own):
-            found[f"pass@{task.samples}"] = scorers.mean([max(v or 0.0 for v in own) for own in main])
+            found[f"pass@{task.samples}"] = scorers.pass_at_k(main, task.samples)
+    if task.corpus:  # what could not be read or asked is an empty text
+        reads = [r["read"] if isinstance(r["read"], list) else [r["read"]] for r in rows]
+        pairs = [(read, r["gold"]) for r, own in zip(rows, reads) for read in own]
+        found |= {f"corpus_{name}": {"value": value, "stderr": None}
+                  for name, value in getattr(scorers, task.corpus)(pairs).items()}
     for other in list(rows[0]["numbers"])[1:]:
         if all(other in r["numbers"] for r in rows):
             found[other] = scorers.mean([r["numbers"][other] for r in rows])
@@ -110,9 +116,9 @@ def metrics(result: dict) -> list[str]:
 
 
 def main_number(result: dict) -> tuple[str, float | None, float | None]:
-    """Name, value and stderr of a task's metric."""
-    name = metrics(result)[0]
-    return name, result[f"{name},none"], result[f"{name}_stderr,none"]
+    """Name, value and stderr of a task's metric, None where absent."""
+    name = next(iter(metrics(result)), "")
+    return name, result.get(f"{name},none"), result.get(f"{name}_stderr,none")
 
 
 def group_results(results: dict[str, dict]) -> dict[str, dict]:

@@ -14,12 +14,15 @@ Departures from the released evaluation (lmms-eval fork) and from the benchmarks
 1. choice: a letter counts where an answer names one (there: the first character, any letter, or a random one).
 2. molecule: an invalid molecule is 0 in every similarity (there: left out); validity stands beside it.
 3. regress: an unreadable number is unparsed (there: 0.0, and a sign is not read).
-4. relaxed: 45% is 0.45, and 45 where only one side has the sign; the benchmark: always 0.45.
+4. relaxed: 45% is 0.45, and 45 where only one side has the sign, as ChartQA's answers often leave it out (there: always
+   0.45, so that 45% is wrong for 45). The number is read out of a sentence (there: the response is a number or wrong).
 5. iou: extra boxes count as misses, and the best pairs are matched first (there: in the order of the response).
 6. set-f1: equal but for case and spaces (SciAssess: neighbours in an embedding). table: a cell matches or not
-   (SciAssess: parts of strings count, and so do similar ones).
+   (SciAssess: parts of strings count, and so do similar ones); a column under two headings needs both (the lower).
 7. METEOR without WordNet's synonyms; BLEU over words and signs unless a WordPiece vocabulary is given.
 8. wemath: strict and loose scores as the benchmark's own script has them (there: declared, never computed).
+9. Names of molecules (exact with split) are compared as they stand, as there: N- and n-, (R) and (r), 1,12 and 11,2 are
+   different. Not so spaces, tags and a point at the end (there: these, too).
 """
 import csv
 import functools
@@ -29,6 +32,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from itertools import zip_longest
 from typing import NamedTuple
 
 from rewards import (LETTERS, NUMBER, SUPERSCRIPTS, _answer_or_last_line, _science, anls, canonical, edit_distance,
@@ -214,8 +218,9 @@ def exact(text: str, gold: str, ignore: Sequence[str] = ("case", "punctuation", 
             return text_equal(a, b)
         return normal(a, ignore) == normal(b, ignore) != "" or a.strip() == b.strip()
     if split:
-        a, b = (sorted(normal(p, ignore) for p in t.split(split) if p.strip()) for t in (answer, gold))
-        return answer, {"exact": a == b != []}
+        def parts(t): return sorted(filter(None, (normal(p, ignore).strip(" .") for p in t.split(split))))
+        answer = re.sub(r"</?[A-Z]+>", "", answer).strip()  # <IUPAC>
+        return answer, {"exact": parts(answer) == parts(gold) != []}
     return answer, {"exact": same(answer, gold)}
 
 
@@ -505,6 +510,17 @@ def read_table(text: str) -> list[list[str]] | None:
     return rows if len(rows) > 1 else None
 
 
+def one_header(rows: list[list[str]]) -> list[list[str]]:
+    """Two header lines, "Composition,Composition" over "Fe,Co", as one: "Composition Fe". An upper heading goes on
+    until the next."""
+    head, above = [], ""
+    for upper, lower in zip_longest(rows[0], rows[1], fillvalue=""):
+        lower = "" if lower.casefold() == "nan" else lower  # SciAssess' own example has it in the corner
+        above = upper or (above if lower else "")
+        head.append(f"{above} {lower}".strip())
+    return [head, *rows[2:]]
+
+
 def align(want: Sequence[str], got: Sequence[str], least: float) -> dict[int, int]:
     """Pairs of names, one to one, the most alike first, none less alike than `least`."""
     want, got = (["".join(name.casefold().split()) for name in side] for side in (want, got))
@@ -515,6 +531,9 @@ def align(want: Sequence[str], got: Sequence[str], least: float) -> dict[int, in
         if i not in pairs and j not in pairs.values():
             pairs[i] = j
     return pairs
+
+
+POWERS = {"pm": -12, "nm": -9, "um": -6, "mm": -3}  # of mole a litre
 
 
 def same_cell(a: str, b: str, tol: float) -> bool:
@@ -528,15 +547,19 @@ def same_cell(a: str, b: str, tol: float) -> bool:
         return m[1], value_of(number)[0], "".join(unit.casefold().replace("µ", "u").replace("μ", "u").split())
     x, y = read(a), read(b)
     if x and y:
-        return x[0] == y[0] and (x[2] == y[2] or not x[2] or not y[2]) and near(x[1], y[1], tol)
+        (sign, number, unit), (want_sign, want, want_unit) = x, y
+        if {unit, want_unit} <= POWERS.keys():
+            number, unit = number * Fraction(10) ** (POWERS[unit] - POWERS[want_unit]), want_unit
+        return sign == want_sign and (unit == want_unit or not unit or not want_unit) and near(number, want, tol)
     return " ".join(a.casefold().split()) == " ".join(b.casefold().split())
 
 
 def table(text: str, gold: str, index: str | Sequence[str] = "", fields: Sequence[str] = (), tol: float = 0.01,
           least: float = 0.9):
     """Cells of the right table that the response has, too. index: the columns that name a row (the first column);
-    fields: the columns that are compared (all others). Rows and columns are aligned by their names, letters alike by
-    at least `least`. precision: of the response's rows, in these columns."""
+    fields: the columns that are compared (all others), SMILES as molecules. Rows and columns are aligned by their
+    names, letters alike by at least `least`; two header lines of a response count as one where more columns fit so.
+    precision: of the response's rows, in these columns."""
     want, got = read_table(gold), read_table(body(text)[:100_000])
     assert want, f"the right table {gold[:80]!r} has no rows"
     if got is None:
@@ -545,13 +568,16 @@ def table(text: str, gold: str, index: str | Sequence[str] = "", fields: Sequenc
     fields = [f for f in fields or want[0] if f not in index]
     absent = [name for name in [*index, *fields] if name not in want[0]]
     assert not absent and fields, f"the right table has the columns {want[0]}, not {absent or 'one to compare'}"
+    if len(got) > 2 and got[1][0].casefold() in ("", "nan"):
+        got = max(got, one_header(got), key=lambda rows: len(align([*index, *fields], rows[0], least)))
     columns = align([*index, *fields], got[0], least)
     def cell(row, k): return row[k] if k is not None and k < len(row) else ""
     def key(row, where): return " | ".join(cell(row, k) for k in where)
     here, there = [want[0].index(i) for i in index], [columns.get(k) for k in range(len(index))]
     rows = align([key(r, here) for r in want[1:]], [key(r, there) for r in got[1:]], least)
+    def same(a, b, name): return same_cell(a, b, tol) or name == "SMILES" and None is not canonical(a) == canonical(b)
     hits = sum(columns.get(len(index) + k) is not None and
-               same_cell(cell(got[1 + j], columns[len(index) + k]), cell(want[1 + i], want[0].index(name)), tol)
+               same(cell(got[1 + j], columns[len(index) + k]), cell(want[1 + i], want[0].index(name)), name)
                for i, j in rows.items() for k, name in enumerate(fields))
     numbers = f1(hits, (len(got) - 1) * len(fields), (len(want) - 1) * len(fields))
     return "\n".join(", ".join(r) for r in got), numbers

@@ -66,6 +66,7 @@ class Task:
     kw: dict = field(default_factory=dict)  # arguments of the scorer; a document's own come on top
     metric: str = ""  # the reported number of the scorer; empty: its first
     aggregate: str = "mean"  # of scorers.py: mean, group_mean, all_in_group, wemath, rmse, avg@k
+    corpus: str = ""  # of scorers.py: numbers of all responses together, beside the means of each
     shots: int = 0  # worked examples before a question
     shot_files: str = ""  # where they come from; empty: the documents bring their own
     shot_order: str = "first"  # the first of a question's group; random: drawn for each; spare: see _shots
@@ -173,9 +174,9 @@ TASKS = {
                           group="subject", more=lambda r: {"context": r["hint"] and f"Context: {r['hint']}\n"}),
                       "choice", 16),
     "rxnbench_vqa_en": Task("UniParser/RxnBench, RxnBench-VQA, en", "rxnbench/en",
-                            ask(p.RXN, options="choices", gold=by_index), "choice", 10),
+                            ask(p.RXN, options="choices", gold=by_index, group="question_type"), "choice", 10),
     "rxnbench_vqa_zh": Task("UniParser/RxnBench, RxnBench-VQA, zh", "rxnbench/zh",
-                            ask(p.RXN_ZH, options="choices", gold=by_index), "choice", 10),
+                            ask(p.RXN_ZH, options="choices", gold=by_index, group="question_type"), "choice", 10),
     "MolParse": Task("InnovatorLab/MolParse test", "molparse/test",
                      ask("{images}{question}", image="images", scorer=open_kind, kw=open_kw), "exact", 256),
     "OpenRxn": Task("InnovatorLab/OpenRxn test", "openrxn/test",
@@ -190,8 +191,8 @@ TASKS = {
                            ask(p.PROTEIN, gold=digit, options=lambda r: bare(r["options"]),
                                more=listed(field="options"),
                                kw=lambda r, gold: {"labels": "123456789"[:len(r["options"])]}), "choice", 32),
-    "sfe-en": Task("PrismaX/SFE en", "sfe/en", sfe, "choice", 1024),
-    "sfe-zh": Task("PrismaX/SFE zh", "sfe/zh", sfe, "choice", 1024),
+    "sfe-en": Task("PrismaX/SFE, 20250611-en, test, and its images", "sfe/en sfe/*-en/test", sfe, "choice", 1024),
+    "sfe-zh": Task("PrismaX/SFE, 20250611-zh, test, and its images", "sfe/zh sfe/*-zh/test", sfe, "choice", 1024),
     "microvqa": Task("jmhb/microvqa test", "microvqa/test",
                      ask(p.MICRO, "correct_index", by_index, image="images_list", options="choices",
                          mark="  ({}): {}"), "choice", 4096),
@@ -274,21 +275,24 @@ TASKS = {
     "chemistry": Task("the paper's is private; MoleculeNet: BBBP.csv, bace.csv, clintox.csv", "moleculenet/[Bbc]*.csv",
                       molecule_property, "choice", 2048, {"labels": ("True", "False")}, aggregate="group_mean"),
     "mol2caption": Task("the paper's is private; ChEBI-20: github blender-nlp/MolT5", "chebi20/test.txt",
-                        describe_molecule, "overlap", 2048, metric="bleu4"),
+                        describe_molecule, "overlap", 2048, metric="bleu4", corpus="corpus_captions"),
     "caption2mol": Task("the paper's is private; ChEBI-20: github blender-nlp/MolT5", "chebi20/test.txt",
-                        draw_molecule, "molecule", 2048),
+                        draw_molecule, "molecule", 2048, corpus="corpus_molecules"),
 }
 
+NAMES = {"split": ";", "ignore": ()}
+MOLT5 = {"molecule_captioning": "corpus_captions", "molecule_generation": "corpus_molecules"}  # data of ChEBI-20
 SMOL = {  # SMolInstruct's subtask: scorer, budget, arguments, metric
     "forward_synthesis": ("molecule", 128, {}, "tanimoto"), "retrosynthesis": ("molecule", 960, {}, "tanimoto"),
     "molecule_captioning": ("overlap", 1024, {}, "rouge1"), "molecule_generation": ("molecule", 1024, {}, "tanimoto"),
     "name_conversion-i2f": ("formula", 20, {}, ""), "name_conversion-i2s": ("molecule", 1024, {}, "tanimoto"),
-    "name_conversion-s2f": ("formula", 20, {}, ""), "name_conversion-s2i": ("exact", 1024, {"split": ";"}, ""),
+    "name_conversion-s2f": ("formula", 20, {}, ""), "name_conversion-s2i": ("exact", 1024, NAMES, ""),
     "property_prediction-esol": ("regress", 1024, {}, ""), "property_prediction-lipo": ("regress", 1024, {}, ""),
     "property_prediction-bbbp": ("choice", 20, YES, ""), "property_prediction-clintox": ("choice", 20, YES, ""),
     "property_prediction-hiv": ("choice", 20, YES, ""), "property_prediction-sider": ("choice", 20, YES, "")}
 TASKS |= {f"smol_{name}": Task("OSU-NLP/SMolInstruct test, as jsonl of question and answer", f"smolinstruct/{name}",
-                               smol(p.SMOL[name]), *row, aggregate="rmse" if row[0] == "regress" else "mean")
+                               smol(p.SMOL[name]), *row, aggregate="rmse" if row[0] == "regress" else "mean",
+                               corpus=MOLT5.get(name, ""))
           for name, row in SMOL.items()}
 
 CHOICE, CELLS = ("choice", {}), ("table", {})
@@ -425,8 +429,9 @@ def _read(task: Task, root: Path, files: str) -> Iterator[dict]:
             except BadRow as e:  # it counts as wrong and is never left out
                 doc = document(None) | {"error": f"{path.name}, row {i + 1}: {e}"}
             except (KeyError, TypeError, ValueError, IndexError, AttributeError, SyntaxError) as e:
-                raise UserError(f"{path}: row {i + 1} of {files} is not one of this task "
-                                f"({type(e).__name__}: {e})") from e
+                have = ", ".join(f"{k} (empty)" if v in (None, "", []) else str(k) for k, v in row.items())
+                raise UserError(f"{path}: row {i + 1} of {files} is not one of this task ({type(e).__name__}: {e}); "
+                                f"its fields: {have}") from e
             if doc is not None:
                 doc["id"] = doc["id"] or f"{i:05d}"
                 doc["cluster"] = doc["id"] if doc["cluster"] is None else str(doc["cluster"])

@@ -569,6 +569,86 @@ def test_other_rows(root):
     assert (arena["scorer"], arena["gold"], arena["messages"][0]["content"]) == ("choice-set", "A, C", prompts.ARENA)
 
 
+def at(folder: Path, **tables) -> Path:
+    """Rows as jsonl files; __ stands for a folder."""
+    for name, rows in tables.items():
+        path = folder / f"{name.replace('__', '/')}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def test_sfe_as_the_hub_has_it(tmp_path):
+    """Folders 20250611-en and 20250611-zh with a test split each, names of pictures, and images/ beside them."""
+    row = SFE | {"images": ["a.png", "./images/b.png"]}
+    (tmp_path / "sfe/20250611-en").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "sfe/20250611-en/test-00000-of-00001.parquet")
+    (tmp_path / "sfe/20250611-zh").mkdir()
+    pq.write_table(pa.Table.from_pylist([row | {"question": "？"}]),
+                   tmp_path / "sfe/20250611-zh/test-00000-of-00001.parquet")
+    doc, zh = documents("sfe-en", tmp_path)[0], documents("sfe-zh", tmp_path)[0]
+    assert doc["images"] == [tmp_path / "sfe/images/a.png", tmp_path / "sfe/images/b.png"] == zh["images"]
+    assert "Which colour?" in text(doc) and "？" in text(zh)
+
+
+def test_rxnbench_as_the_hub_has_it(tmp_path):
+    meta = dict(title="t", journal="j", doi="d", url="u")
+    (tmp_path / "rxnbench/data").mkdir(parents=True)
+    for language, kind in (("en", "Mechanism"), ("zh", None)):
+        rows = [dict(image=im(), question="Which?", choices=RED, answer=3, meta_info=meta, question_type=kind)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"rxnbench/data/{language}-00000-of-00001.parquet")
+    en, zh = documents("rxnbench_vqa_en", tmp_path), documents("rxnbench_vqa_zh", tmp_path)
+    assert [(d["gold"], d["group"]) for d in en + zh] == [("D", "Mechanism"), ("D", "")]
+
+
+def test_superchem_rows(root, tmp_path):
+    blank = documents("superchem", root)[1]
+    assert (blank["scorer"], blank["gold"], len(blank["images"])) == ("exact", "NaCl", 3)
+    plain = {k: v for k, v in CHEM.items() if not k.endswith("_images")} | dict(
+        question_en="Which?", options_en={"A": "one", "B": "two"}, answer_en="AB")  # a text-only problem
+    lost = plain | dict(uuid="u2", options_en={"A": "<MultiModal>![o](c.png)</MultiModal>"})
+    doc, bad = documents("superchem", at(tmp_path, superchem__test=[plain, lost]))
+    assert (doc["images"], doc["gold"], doc["kw"]) == ([], "AB", {"labels": "AB"})
+    assert "row 2: <MultiModal>![o](c.png)</MultiModal> names no image of question_images or options" in bad["error"]
+
+
+ARENA_TYPES = {  # answer type: answer, scorer, a right and a wrong response
+    "SC": (["B"], "choice", "B", "A"), "MC": (["A", "C"], "choice-set", "C, A", "A"),
+    "TF": (["False"], "choice", "False", "True"), "NV": (["0.5"], "math", "0.500001", "0.51"),
+    "SET": (["1", "2"], "math", "\\{2, 1\\}", "1"), "IN": (["[0, 1)"], "math", "[0,1)", "[0,1]"),
+    "EX": (["$x^2+1$"], "math", "1+x^2", "x^2"), "EQ": (["$y=2x$"], "math", "y=2x", "y=3x"),
+    "TUP": (["(1, 2)"], "math", "(1,2)", "(2,1)"), "MPV": (["3", "4"], "math", "3, 4", "3, 5"),
+    "MA": (["3", "-3"], "math", "-3, 3", "3")}
+
+
+@pytest.mark.parametrize("kind", ARENA_TYPES)
+def test_olympicarena_answer_types(tmp_path, kind):
+    """All columns of the hub. SET also without braces."""
+    scorers = pytest.importorskip("scorers")
+    pytest.importorskip("math_verify")
+    answer, scorer, right, wrong = ARENA_TYPES[kind]
+    row = dict(id="Math_1", problem="p", prompt="Find it.", figure_urls=None, answer=answer, solution="", unit=None,
+               answer_type=kind, answer_sequence=None, type_sequence=None, test_cases=None, subject="Math",
+               language="EN", modality="text-only")
+    doc = documents("olympicarena_math", at(tmp_path, olympicarena__Math__val=[row]))[0]
+    assert doc["scorer"] == scorer
+    for said, value in ((right, 1), (wrong, 0), (right.replace("\\{", "").replace("\\}", ""), 1)):
+        assert scorers.score(scorer, f"\\boxed{{{said}}}", doc["gold"], **doc["kw"]).numbers["acc"] == value, said
+
+
+@pytest.mark.parametrize("name,file,row,said", [
+    ("sfe-en", "sfe__en__test", {k: v for k, v in SFE.items() if k != "images"} | {"images": None, "answer": None},
+     r"row 1 of sfe/en .*AttributeError.*its fields: .*answer \(empty\), images \(empty\)"),
+    ("rxnbench_vqa_en", "rxnbench__en", dict(image=None, question="Which?", answer=1),
+     "KeyError: 'choices'.*its fields: image"),
+    ("superchem", "superchem__test", dict(question="Which?"), "KeyError: 'options_en'.*its fields: question"),
+    ("olympicarena_math", "olympicarena__Math__val", dict(id="1", problem="p", answer=["3"]),
+     "KeyError: 'answer_type'.*its fields: id, problem, answer")])
+def test_other_layouts_name_row_and_field(tmp_path, name, file, row, said):
+    with pytest.raises(UserError, match=said):
+        documents(name, at(tmp_path, **{file: [row]}))
+
+
 def test_sciassess_papers_and_tables(root):
     doc = documents("sciassess_molecule_in_document", root)[0]
     assert text(doc) == "page two\n\nWhich?\n\na) red\nb) blue"
