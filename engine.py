@@ -17,13 +17,14 @@ Written for vLLM 0.26 to 0.32. Departures: tokens are sampled without per-reques
 host), so only the torch engine repeats a run bitwise.
 """
 import contextlib
+import itertools
 import json
 import os
 import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -141,9 +142,9 @@ class VllmEngine:
         folder = tempfile.TemporaryDirectory(prefix="engine_")
         (Path(folder.name) / "config.json").write_text(json.dumps(config_there.to_hf(dtype)))
         cuda = device.type == "cuda"
-        with folder:
-            self.llm = self._guard(
-                LLM, model=folder.name, skip_tokenizer_init=True, load_format="dummy", dtype=str(dtype)[6:],
+        with folder, self._guard():
+            self.llm = LLM(
+                model=folder.name, skip_tokenizer_init=True, load_format="dummy", dtype=str(dtype)[6:],
                 max_model_len=context, seed=seed + rank() // tp, tensor_parallel_size=tp, enforce_eager=eager,
                 gpu_memory_utilization=memory, enable_sleep_mode=cuda, enable_prompt_embeds=self.eyes is not None,
                 logprobs_mode="processed_logprobs", generation_config="vllm", disable_log_stats=True,
@@ -151,10 +152,11 @@ class VllmEngine:
                 **({"distributed_executor_backend": "external_launcher"} if world() > 1 else {}))
         self.asleep = False
 
-    def _guard(self, call, *args, **kwargs):
+    @contextlib.contextmanager
+    def _guard(self):
         """Whatever vLLM raises ends in one line; its traceback goes to a file."""
         try:
-            return call(*args, **kwargs)
+            yield
         except (UserError, Finished):
             raise
         except Exception as e:
@@ -171,9 +173,6 @@ class VllmEngine:
     @torch.no_grad()
     def load(self, named) -> None:
         """NOTE the whole stream must run on every rank, whatever happens: the others gather along."""
-        if self.asleep:
-            torch.cuda.empty_cache()  # what torch keeps for later is vLLM's now
-            self._guard(self.llm.wake_up, tags=["weights"])
         eyes = dict(self.eyes.named_parameters()) if self.eyes else {}
 
         def decoder():
@@ -183,22 +182,27 @@ class VllmEngine:
                 if not name.startswith("visual."):
                     yield name, whole
         pairs = (pair for name, tensor in split_pieces(decoder()) for pair in self.rename(name, tensor))
-        if self.device.type == "cpu":
-            self._guard(self.llm.apply_model, forget_kernels)
-        self._guard(self.llm.collective_rpc, "reload_weights", kwargs={"weights_iterator": pairs})
-        for _ in pairs:
-            pass
+        with self._guard():
+            self._wake("weights")
+            if self.device.type == "cpu":
+                self.llm.apply_model(forget_kernels)
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
+            for _ in pairs:
+                pass
+            self._wake("kv_cache")
+            self.llm.reset_prefix_cache()
+        self.asleep, self.version = False, self.version + 1
+
+    def _wake(self, what: str) -> None:
         if self.asleep:
-            torch.cuda.empty_cache()
-            self._guard(self.llm.wake_up, tags=["kv_cache"])
-            self.asleep = False
-        self.version += 1
-        self.llm.reset_prefix_cache()
+            torch.cuda.empty_cache()  # what torch keeps for later is vLLM's now
+            self.llm.wake_up(tags=[what])
 
     def sleep(self) -> None:
         """Level 2: weights and cache are dropped, load() brings all weights back."""
         if self.device.type == "cuda" and not self.asleep:
-            self._guard(self.llm.sleep, level=2)
+            with self._guard():
+                self.llm.sleep(level=2)
             self.asleep = True
 
     def close(self) -> None:
@@ -207,40 +211,65 @@ class VllmEngine:
             self.llm.llm_engine.engine_core.shutdown()
 
     @torch.no_grad()
-    def _prompts(self, docs: list[Doc]) -> list[dict]:
+    def _inputs(self, docs: list[Doc]) -> list[dict]:
         """Token ids; with pictures embeddings, made for 16 prompts together."""
+        from vllm.inputs import embeds_input, tokens_input
         # NOTE the salt keeps cached prefixes of older weights apart while requests run on
-        salt, out = {"cache_salt": str(self.version)}, [{"prompt_token_ids": d.ids.tolist()} for d in docs]
-        seeing = [k for k, d in enumerate(docs) if d.pixels is not None]
+        salt, seeing = str(self.version), [k for k, d in enumerate(docs) if d.pixels is not None]
+        out = [None if d.pixels is not None else tokens_input(d.ids.tolist(), cache_salt=salt) for d in docs]
         for start in range(0, len(seeing), 16):
             some = seeing[start:start + 16]
             ids = torch.from_numpy(np.concatenate([docs[k].ids for k in some]).astype(np.int64)).to(self.device)
             rows = self.eyes.embed(ids, *pictures([docs[k] for k in some], self.eyes)).cpu()
             for k, embeds in zip(some, rows.split([len(docs[k].ids) for k in some])):
-                out[k] = {"prompt_embeds": embeds.clone()}  # of its own: vLLM sends the whole storage
-        return [p | salt for p in out]
+                out[k] = embeds_input(embeds.clone(), cache_salt=salt)  # of its own: vLLM sends the whole storage
+        return out
 
     def generate(self, docs: list[Doc], n: int, s: Sampling, seed: int, between=lambda: None):
+        if self.group is None:
+            return [own for _, own in sorted(self.stream(docs, n, s, len(docs), between), key=lambda x: x[0])]
+        parts, start = [None] * self.tp, dist.get_rank(self.group)  # all ranks of a group ask for the prompts of all
+        dist.all_gather_object(parts, docs, group=self.group)
+        start = sum(len(part) for part in parts[:start])
+        every = [doc for part in parts for doc in part]
+        done = dict(self.stream(every, n, s, len(every), between))
+        return [done[k] for k in range(start, start + len(docs))]
+
+    def stream(self, docs: Iterable[Doc], n: int, s: Sampling, together: int, between=lambda: None):
+        """(number of a prompt, its n Continuations) as they end; `together` prompts run at a time, others are taken as
+        there is room."""
         from vllm import SamplingParams
-        prompts = self._guard(self._prompts, docs)
-        if self.group is not None:  # all ranks of a group ask for the prompts of all
-            parts = [None] * self.tp
-            dist.all_gather_object(parts, prompts, group=self.group)
-            prompts = [p for part in parts for p in part]
+        from vllm.sampling_params import RequestOutputKind
+        # vLLM knows no tokenizer: where strings end a response, its tokens so far are looked at here
+        watch = s.ended is not None and n == 1
         params = SamplingParams(n=n, temperature=s.temperature, top_p=s.top_p, max_tokens=s.max_new_tokens, logprobs=0,
-                                stop_token_ids=list(s.stop_ids), ignore_eos=True, detokenize=False)
-        engine = self.llm.llm_engine
-        step = engine.step
-        engine.step = lambda: (between(), step())[1]  # new weights may arrive between two tokens
+                                stop_token_ids=list(s.stop_ids), ignore_eos=True, detokenize=False,
+                                output_kind=RequestOutputKind.CUMULATIVE if watch else RequestOutputKind.FINAL_ONLY)
+        vllm, coming, running = self.llm.llm_engine, enumerate(docs), {}
         try:
-            done = self._guard(self.llm.generate, prompts, params, use_tqdm=False) if prompts else []
+            while True:
+                with self._guard():
+                    new = list(itertools.islice(coming, min(together - len(running), 64)))
+                    for (k, doc), what in zip(new, self._inputs([doc for _, doc in new])):
+                        vllm.add_request(str(k), what, params)
+                        running[str(k)] = len(doc.ids)
+                    if not running:
+                        return
+                    between()  # new weights may arrive between two tokens
+                    outputs = vllm.step()
+                    # every eighth token: evaluate.py looks eight tokens further back than a stop string is long
+                    cut = [o.request_id for o in outputs if watch and not o.finished
+                           and len(o.outputs[0].token_ids) % 8 == 0 and s.ended(o.outputs[0].token_ids)]
+                    if cut:
+                        vllm.abort_request(cut)
+                for o in outputs:
+                    if o.finished or o.request_id in cut:
+                        length = running.pop(o.request_id)
+                        yield int(o.request_id), [self._continuation(x, length)
+                                                  for x in sorted(o.outputs, key=lambda x: x.index)]
         finally:
-            engine.step = step
-        if self.group is not None:
-            start = sum(len(part) for part in parts[:dist.get_rank(self.group)])
-            done = done[start:start + len(docs)]
-        return [[self._continuation(o, len(doc.ids)) for o in sorted(r.outputs, key=lambda o: o.index)]
-                for doc, r in zip(docs, done, strict=True)]
+            if running:  # whoever asked gave up
+                vllm.abort_request([*running])
 
     def _continuation(self, o, prompt: int) -> Continuation:
         ids = list(o.token_ids)

@@ -29,6 +29,7 @@ import contextlib
 import functools
 import gc
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -49,7 +50,7 @@ import common
 import engine as engines
 from common import UserError, is_rank0, print0, rank, world
 from data import BadRow, Doc, Tokenizer, encode
-from kernels.attention import Documents
+from kernels.attention import Branches
 from model import Innovator, Pack, _chunks, checkpoint_folder, config_of, gathered, load_weights, weight_files
 from results import LOWER_IS_BETTER, answered, digest, graded, group_results, metrics, prompt_hash, summary, tables
 from tasks import GROUPS, TASKS, Task, documents, expand, missing
@@ -75,7 +76,7 @@ class Config:
     min_pixels: int = 0  # smallest image area, 0: the task's
     max_pixels: int = 0  # largest image area, 0: the task's
     chat: bool = False  # chat template around plain prompts that are continued
-    batch: int = 0  # responses generated together, 0: 16, with vllm 256
+    batch: int = 0  # responses generated together, 0: 16, with vllm 1024
     seed: int = 0  # of sampling
     device: str = "auto"  # cuda, cuda:N or cpu; auto: a GPU if there is one
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
@@ -92,7 +93,7 @@ class Config:
     list: bool = False  # print the tasks, groups and the files they need
 
     def __post_init__(self):
-        self.batch = self.batch or (16 if self.engine == "torch" else 256)
+        self.batch = self.batch or (16 if self.engine == "torch" else 1024)
         assert self.batch > 0, f"--batch {self.batch} must be positive"
         assert re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device), \
             f"--device {self.device}: give auto, cpu, cuda or cuda:N"
@@ -246,8 +247,8 @@ def models(c: Config, config, folder: Path, device: torch.device, longest: int, 
     return engine, own
 
 
-def respond(engine, tok: Tokenizer, task: Task, prompts: list[Doc], seed: int) -> list[dict]:
-    """Responses to prompts, generated together. A stop string ends a response and is no part of it."""
+def respond(engine, tok: Tokenizer, task: Task, together: int, seed: int, batches):
+    """(document, its responses) pairs as they come. A stop string ends a response and is no part of it."""
     tail = max(map(len, task.stop), default=0) + 8  # a token is a byte or more
     def ended(ids): return any(s in tok.decode(ids[-tail:]) for s in task.stop)
     sampling = engines.Sampling(task.budget, (tok.im_end, tok.pad), task.temperature, task.top_p,
@@ -256,48 +257,60 @@ def respond(engine, tok: Tokenizer, task: Task, prompts: list[Doc], seed: int) -
         text = tok.decode(ids)
         cut = min((at for s in task.stop if (at := text.find(s)) >= 0), default=None)
         return {"text": text[:cut], "tokens": len(ids), "truncated": cut is None and ids[-1] not in sampling.stop_ids}
-    try:
-        return [{"responses": [one(r.ids) for r in own]}
-                for own in engine.generate(prompts, task.samples, sampling, seed)]
-    except torch.OutOfMemoryError:
-        raise UserError(f"out of memory with {len(prompts) * task.samples} sequences together: run again with a "
-                        "smaller --batch; finished responses are kept") from None
+    if isinstance(engine, engines.VllmEngine):
+        docs = []
+        def prompts():
+            for _, asked in batches:
+                for d, prompt in asked:
+                    docs.append(d)
+                    yield prompt
+        for k, own in engine.stream(prompts(), task.samples, sampling, together):
+            yield [(docs[k], {"responses": [one(r.ids) for r in own]})]
+        return
+    for i, asked in batches:
+        try:
+            new = engine.generate([p for _, p in asked], task.samples, sampling, seed * 1_000_003 + i)
+        except torch.OutOfMemoryError:
+            raise UserError(f"out of memory with {len(asked) * task.samples} sequences together: run again with a "
+                            "smaller --batch; finished responses are kept") from None
+        yield [(d, {"responses": [one(r.ids) for r in own]}) for (d, _), own in zip(asked, new, strict=True)]
 
 
 @torch.no_grad()
 def compare(model: Innovator, asked: list[list[tuple[list[int], list[int]]]]) -> list[dict]:
-    """Log-likelihood of every option, and whether it is the greedy continuation. Options of one token are read from one
-    forward of their context; the others are packed with theirs."""
-    parts = []  # tokens, the rows to be read, the tokens expected there, the (document, option) of each
+    """Log-likelihood of every option, and whether it is the greedy continuation. A context runs once: its last row
+    tells the first token of all its options, and those of several tokens branch off it."""
+    contexts = {}  # a document's context: [(option, its place)]
     for d, pairs in enumerate(asked):
-        contexts = {}
         for o, (context, option) in enumerate(pairs):
-            if len(option) == 1:
-                contexts.setdefault(tuple(context), []).append((option[0], (d, o)))
-            else:
-                rows = range(len(context) - 1, len(context) + len(option) - 1)
-                parts.append((context + option[:-1], rows, option, [(d, o)] * len(option)))
-        parts += [(list(context), [len(context) - 1] * len(some), *map(list, zip(*some)))
-                  for context, some in contexts.items()]
-    packs = [[]]
-    for part in sorted(parts, key=lambda p: -len(p[0])):
-        if packs[-1] and sum(len(p[0]) for p in packs[-1]) + len(part[0]) > TOGETHER:
-            packs.append([])
-        packs[-1].append(part)
+            contexts.setdefault((d, tuple(context)), []).append((option, (d, o)))
+    packs, room = [[]], TOGETHER
+    for (_, context), options in sorted(contexts.items(), key=lambda x: -len(x[0][1])):
+        tokens = len(context) + sum(len(option) - 1 for option, _ in options)
+        if packs[-1] and tokens > room:
+            packs, room = [*packs, []], TOGETHER
+        packs[-1].append((context, options))
+        room -= tokens
     sums, greedy = [[0.0] * len(pairs) for pairs in asked], [[True] * len(pairs) for pairs in asked]
     for pack in packs:
-        lengths, device = [len(p[0]) for p in pack], model.device
-        docs, starts = Documents.of(lengths, device, model.impl), [sum(lengths[:k]) for k in range(len(pack))]
-        flat = lambda k: torch.tensor([x for p in pack for x in p[k]], device=device)
-        rows = torch.tensor([s + r for s, p in zip(starts, pack) for r in p[1]], device=device)
-        targets = flat(2)
-        h = model.hidden(Pack(flat(0), docs, docs.positions().to(device), rows, targets, torch.ones(len(rows))))[0]
+        device, lengths, ids = model.device, [len(context) for context, _ in pack], [t for c, _ in pack for t in c]
+        ends, branches, rows, targets, owners = [*itertools.accumulate(lengths)], [], [], [], []
+        for k, (_, options) in enumerate(pack):
+            for option, place in options:
+                rows += [ends[k] - 1, *range(len(ids), len(ids) + len(option) - 1)]
+                ids += option[:-1]
+                targets += option
+                owners += [place] * len(option)
+                branches += [(k, len(option) - 1)] * (len(option) > 1)
+        docs = Branches.of(lengths, branches, device, model.impl)
+        ids, rows, targets = (torch.tensor(x, device=device) for x in (ids, rows, targets))
+        h = model.hidden(Pack(ids, docs, docs.positions().to(device), rows, targets, torch.ones(len(rows))))[0]
         logps, best = [], []
         for some in _chunks(len(rows), model.config.vocab_size):
             logits = model.lm_head(h[rows[some]]).float()
             logps += logits.log_softmax(-1).gather(1, targets[some, None])[:, 0].tolist()
             best += (logits.argmax(-1) == targets[some]).tolist()
-        for (d, o), logp, hit in zip((owner for p in pack for owner in p[3]), logps, best, strict=True):
+        for (d, o), logp, hit in zip(owners, logps, best, strict=True):
             sums[d][o] += logp
             greedy[d][o] &= hit
     return [{"loglikelihood": list(zip(*two))} for two in zip(sums, greedy)]
@@ -336,9 +349,10 @@ def read_ahead(read, batches):
             yield *before[:2], [f.result() for f in before[2]]
 
 
-def collect(name: str, docs: list[dict], keys: dict[str, str], out: Path, size: int, seed: int, read, answer, wait):
+def collect(name: str, docs: list[dict], keys: dict[str, str], out: Path, size: int, read, answer, wait):
     """Rows by key: answers of all documents and what else was saved; complete on rank 0 only. read(doc, decode) is what
-    the model gets, answer(them, seed) its answers. What an earlier run answered is not asked again."""
+    the model gets; answer makes of (number, [(document, that), ...]) batches lists of (document, answer), in any order.
+    What an earlier run answered is not asked again."""
     saved, lengths, failed = saved_rows(out, name), {}, {}
     wait()  # all have read before one writes
     known, (weights, *_) = set(keys.values()), next(iter(keys.values())).split("-")
@@ -366,21 +380,28 @@ def collect(name: str, docs: list[dict], keys: dict[str, str], out: Path, size: 
     def lacks(d): return keys[d["id"]] not in saved and keys[d["id"]] not in failed
     todo = [b for b in batches if any(map(lacks, b[1]))]
     print0(f"{name}: {len(docs)} documents, {sum(map(lacks, docs))} to answer, {len(failed)} errors")
-    for i, batch, prompts in read_ahead(read, tqdm(todo[rank()::world()], desc=name, unit=f"x{size}",
-                                                   disable=None if is_rank0() else True)):
-        asked = [(d, p) for d, p in zip(batch, prompts) if not isinstance(p, BadRow)]
-        new = [row(d, error=str(p)) for d, p in zip(batch, prompts) if isinstance(p, BadRow)]  # pixels, not the header
-        if asked:
-            answers = answer([p for _, p in asked], seed * 1_000_003 + i)
-            new += [row(d, a) for (d, _), a in zip(asked, answers, strict=True)]
-        path = out / f"responses_{name}.rank{rank()}.jsonl"
+    mine, path, new = todo[rank()::world()], out / f"responses_{name}.rank{rank()}.jsonl", []
+    bar = tqdm(total=sum(lacks(d) for _, batch in mine for d in batch), desc=name, disable=None if is_rank0() else True)
+
+    def readable():
+        for i, batch, prompts in read_ahead(read, mine):
+            new.extend(row(d, error=str(p)) for d, p in zip(batch, prompts) if isinstance(p, BadRow))  # its pixels
+            if asked := [(d, p) for d, p in zip(batch, prompts) if not isinstance(p, BadRow)]:
+                yield i, asked
+    for answers in itertools.chain(answer(readable()) if mine else (), [[]]):  # once more for errors at the end
+        fresh = [r for r in (*new, *(row(d, a) for d, a in answers)) if r["key"] not in saved]
+        new.clear()
+        if not fresh:
+            continue
         try:
             with open(path, "a") as f:  # begins with a new line: a killed run may have left half of one
-                f.write("\n" + "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in new if r["key"] not in saved))
+                f.write("\n" + "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in fresh))
                 f.flush()
                 os.fsync(f.fileno())
         except OSError as e:
             raise UserError(f"{path}: {e.strerror}; finished responses are kept: make room and run again") from None
+        bar.update(len(fresh))
+    bar.close()
     wait()
     return failed | saved_rows(out, name) if is_rank0() else {}
 
@@ -500,11 +521,13 @@ def run(c: Config, checkpoint: str, out: Path, device: torch.device, wait, closi
                 for path in [out / f"samples_{name}.jsonl", *out.glob(f"responses_{name}.rank*.jsonl")]:
                     path.unlink(missing_ok=True)
             wait()
-            def answer(prompts, seed):
-                return compare(own(), prompts) if task.request == "loglikelihood" else \
-                    respond(engine(), tok, task, prompts, seed)
+            def answer(batches):
+                if task.request == "generate":
+                    return respond(engine(), tok, task, max(c.batch // task.samples, 1), c.seed, batches)
+                return (zip((d for d, _ in asked), compare(own(), [p for _, p in asked])) for _, asked in batches)
             keys = {d["id"]: key_of(d, task, c, info["weights"]) for d in every}
-            found = collect(name, asked, keys, out, max(c.batch // task.samples, 1), c.seed, reader(task), answer, wait)
+            size = 16 if c.engine == "vllm" else max(c.batch // task.samples, 1)  # vLLM takes more as it has room
+            found = collect(name, asked, keys, out, size, reader(task), answer, wait)
             rows = {d["id"]: found.pop(keys[d["id"]]) for d in asked} if is_rank0() else {}
             left = [row for row in found.values() if answered(row)]
         if not is_rank0():

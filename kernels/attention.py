@@ -82,6 +82,48 @@ class Documents:
         return torch.cat([torch.arange(n) for n in self.lengths]) if self.lengths else torch.zeros(0, dtype=torch.long)
 
 
+@dataclass
+class Branches:
+    """Continuations that share contexts. The pack holds all contexts, then all branches; a branch sees its context and
+    itself. attend takes it in the place of Documents."""
+    contexts: Documents
+    lengths: list[tuple[int, int]]  # of each branch: its own rows, its context's and its own
+    cu: torch.Tensor  # [N+1] int32, cumulative own rows
+    keys: torch.Tensor  # [N+1] int32, cumulative rows seen
+    rows: torch.Tensor  # rows seen, one branch after another
+
+    @staticmethod
+    def of(contexts: list[int], branches: list[tuple[int, int]], device: torch.device, impl: str) -> "Branches":
+        """branches: (number of its context, rows above 0) of each."""
+        starts, lengths, rows, at = [0, *itertools.accumulate(contexts)], [], [], sum(contexts)
+        for context, own in branches:
+            lengths.append((own, contexts[context] + own))
+            rows += [torch.arange(starts[context], starts[context + 1]), torch.arange(at, at + own)]
+            at += own
+        def cumulative(x): return torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32).to(device)
+        return Branches(Documents.of(contexts, device, impl), lengths, cumulative(n for n, _ in lengths),
+                        cumulative(m for _, m in lengths), torch.cat(rows).to(device) if rows else None)
+
+    def positions(self) -> torch.Tensor:
+        """[T] on the host; a branch's continue its context's."""
+        return torch.cat([self.contexts.positions(), *(torch.arange(m - n, m) for n, m in self.lengths)])
+
+
+def _branches(q_THd, k_TKd, v_TKd, docs: Branches, impl: str):
+    """Attention of the branches' rows: the last rows of a causal document each."""
+    k, v = k_TKd.index_select(0, docs.rows), v_TKd.index_select(0, docs.rows)
+    if impl == "sdpa":
+        own, seen = zip(*docs.lengths)  # queries of zeros stand for the context's
+        return torch.cat([F.scaled_dot_product_attention(
+            *(x.transpose(0, 1)[None] for x in (F.pad(q, (0, 0, 0, 0, m - n, 0)), *kv)), is_causal=True,
+            enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)[-n:]
+            for (n, m), q, *kv in zip(docs.lengths, q_THd.split(own), k.split(seen), v.split(seen))])
+    longest, furthest = map(max, zip(*docs.lengths))
+    if impl == "varlen":
+        return varlen_attn(q_THd, k, v, docs.cu, docs.keys, longest, furthest, **_CAUSAL, **_GQA)
+    return flash_attn_varlen_func(q_THd, k, v, docs.cu, docs.keys, longest, furthest, causal=True)
+
+
 def _sdpa(q_THd, k_TKd, v_TKd, docs: Documents, causal: bool):
     out = []
     for rows, n, valid in docs.buckets:
@@ -95,8 +137,12 @@ def _sdpa(q_THd, k_TKd, v_TKd, docs: Documents, causal: bool):
     return torch.cat(out).index_select(0, docs.back)
 
 
-def attend(q_THd, k_TKd, v_TKd, docs: Documents, causal: bool, impl: str):
+def attend(q_THd, k_TKd, v_TKd, docs: Documents | Branches, causal: bool, impl: str):
     """Softmax attention inside each document of a pack, scaled by d^-0.5. -> [T, H, d]"""
+    if isinstance(docs, Branches):
+        C = sum(docs.contexts.lengths)
+        out = attend(q_THd[:C], k_TKd[:C], v_TKd[:C], docs.contexts, True, impl)
+        return torch.cat([out, _branches(q_THd[C:], k_TKd, v_TKd, docs, impl)]) if docs.lengths else out
     if impl == "sdpa":
         return _sdpa(q_THd, k_TKd, v_TKd, docs, causal)
     if impl == "varlen":

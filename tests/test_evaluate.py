@@ -28,6 +28,7 @@ import rewards
 import scorers
 import tasks
 from data import Tokenizer
+from engine import TorchEngine
 from model import PRESETS, Innovator
 
 # ---- rewards --------------------------------------------------------------------------------------------------------
@@ -236,8 +237,9 @@ def texts(out: Path, name: str = "toy") -> list[str]:
 @pytest.fixture
 def asked(monkeypatch) -> list[int]:
     """Sizes of the batches that a model was asked."""
-    sizes, respond = [], evaluate.respond
-    monkeypatch.setattr(evaluate, "respond", lambda *args: sizes.append(len(args[3])) or respond(*args))
+    sizes, generate = [], TorchEngine.generate
+    monkeypatch.setattr(TorchEngine, "generate",
+                        lambda self, docs, *rest: sizes.append(len(docs)) or generate(self, docs, *rest))
     return sizes
 
 
@@ -299,17 +301,17 @@ def test_batches_and_resume(checkpoint, world, tmp_path, monkeypatch, asked):
     assert texts(tmp_path / "alone") == texts(tmp_path / "straight")
 
     del asked[:]
-    respond = evaluate.respond
+    generate = TorchEngine.generate
     def killed(*args):
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return respond(*args)
-    monkeypatch.setattr(evaluate, "respond", killed)
+        return generate(*args)
+    monkeypatch.setattr(TorchEngine, "generate", killed)
     with pytest.raises(KeyboardInterrupt):
         run("resumed")
     part = tmp_path / "resumed/responses_toy.rank0.jsonl"
     part.write_bytes(part.read_bytes()[:-30])
-    monkeypatch.setattr(evaluate, "respond", respond)
+    monkeypatch.setattr(TorchEngine, "generate", generate)
     run("resumed")
     assert final(tmp_path / "resumed") == (samples, results)
     assert asked == [3, 3, 3, 3, 2]  # the second batch lost a row and is generated whole again
@@ -472,7 +474,7 @@ ARC = ("--tasks", "arc_easy", "--shots", "2", "--batch", "4", "--device", "cpu")
 
 
 def test_log_likelihoods_equal_unpacked_ones(checkpoint, arc, tmp_path, monkeypatch):
-    """Options of one token are read from the context's forward, the others packed; both as model.logits has them."""
+    """Options of one token are read from the context's last row, the others branch off it; both as model.logits has them."""
     run_here(monkeypatch, checkpoint, *ARC, "--data-root", arc, "--out", tmp_path)
     model, tok = Innovator.from_pretrained(checkpoint), Tokenizer(checkpoint)
     rows, counts = read_lines(tmp_path / "samples_arc_easy.jsonl"), set()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import model as model_file
 import upcycle
 from common import UserError
-from kernels.attention import Documents, attend
+from kernels.attention import Branches, Documents, attend, choose
 from model import (PRESETS, Innovator, ModelConfig, Pack, config_of, linear_cross_entropy, sample, token_logprobs)
 from vision import VisionConfig
 
@@ -213,6 +213,30 @@ def head(monkeypatch):
     torch.manual_seed(0)
     h, w = torch.randn(23, 16, requires_grad=True), torch.randn(101, 16, requires_grad=True)
     return h, w, torch.randint(0, 101, (23,))
+
+
+@pytest.mark.parametrize("impl", ["sdpa", "varlen", "flash-attn"])
+def test_branches_attend_as_whole_documents(impl):
+    device = torch.device("cpu" if impl == "sdpa" else "cuda")
+    dtype = torch.float32 if impl == "sdpa" else torch.bfloat16
+    try:
+        choose(impl, device, dtype)
+    except (AssertionError, RuntimeError) as e:
+        pytest.skip(str(e))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    contexts, branches = [5, 1, 130], [(0, 3), (2, 1), (0, 1), (2, 70)]
+    docs = Branches.of(contexts, branches, device, impl)
+    T = sum(contexts) + sum(n for _, n in branches)
+    q, k, v = (torch.randn(T, heads, 16, device=device, dtype=dtype) for heads in (4, 2, 2))
+    out, at = attend(q, k, v, docs, True, impl), sum(contexts)
+    for context, n in [*((c, 0) for c in range(3)), *branches]:
+        start = sum(contexts[:context])
+        rows = [*range(start, start + contexts[context]), *range(at, at + n)]
+        assert docs.positions()[rows].tolist() == [*range(len(rows))]
+        whole = attend(*(x[rows].float() for x in (q, k, v)), Documents.of([len(rows)], device, "sdpa"), True, "sdpa")
+        torch.testing.assert_close(out[rows].float(), whole, atol=1e-5 if impl == "sdpa" else 2e-2, rtol=0)
+        at += n
 
 
 def test_linear_cross_entropy(head):

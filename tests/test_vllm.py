@@ -181,6 +181,31 @@ def test_stop_ids_length_and_truncation(vlm, prompts, tokenizer):
 
 
 @in_this_process
+def test_stream_takes_prompts_as_there_is_room(vlm, prompts):
+    """Prompts are read when others end, every one is answered once, as generate answers it; some tokens end it."""
+    model, ours, _ = vlm
+    updated(*vlm)
+    free = ours.generate(prompts, 1, Sampling(40, (), 0.0), 0)
+    halves = [own[0].ids[20:22] for own in free[:3]]
+    def ended(ids): return any(ids[k:k + 2] in halves for k in range(max(0, len(ids) - 10), len(ids)))
+    lengths, running, most = set(), [], 0
+
+    def coming():
+        for d in prompts:
+            running.append(d)
+            yield d
+    for k, (one,) in ours.stream(coming(), 1, Sampling(40, (), 0.0, ended=ended), 2):
+        most = max(most, len(running))
+        running.pop()
+        assert len(one.ids) == len(one.logp) and one.ids == free[k][0].ids[:len(one.ids)]
+        assert ended(one.ids) and len(one.ids) % 8 == 0 or len(one.ids) == 40
+        lengths.add(len(one.ids))
+    assert not running and most == 2 and len(lengths) > 1
+    first = next(ours.stream(prompts, 3, Sampling(40, ()), len(prompts)))  # the others are given up
+    assert len(first[1]) == 3 and not ours.llm.llm_engine.has_unfinished_requests()
+
+
+@in_this_process
 def test_routed_experts(moe, prompts, tokenizer, tmp_path):
     """vLLM returns them on GPUs only (its model runner V2 needs Triton): here its output is made from TorchEngine's."""
     model, ours, _ = both = moe
@@ -226,14 +251,13 @@ def test_a_failing_engine_ends_in_one_line_with_a_traceback_file(vlm, prompts, t
     def fails(*args, **how):
         raise RuntimeError("CUDA error: an illegal memory access\nwas encountered")
     monkeypatch.setattr(ours, "out", tmp_path)
-    step = ours.llm.llm_engine.step
     with monkeypatch.context() as m, pytest.raises(UserError) as e:
-        m.setattr(ours.llm, "generate", fails)
+        m.setattr(ours.llm.llm_engine, "step", fails)
         ours.generate(prompts, 1, Sampling(4, ()), 0)
     assert "RuntimeError: CUDA error: an illegal memory access was encountered" in str(e.value)
     assert "\n" not in str(e.value) and "--resume" in str(e.value)
     assert "in fails" in (tmp_path / "engine_error.rank_0.txt").read_text()
-    assert ours.llm.llm_engine.step == step and len(ours.generate(prompts, 1, Sampling(4, ()), 0)) == len(prompts)
+    assert len(ours.generate(prompts, 1, Sampling(4, ()), 0)) == len(prompts)  # nothing of the other is left
     with pytest.raises(UserError, match="vLLM failed"):  # a prompt longer than its context
         ours.generate([Doc(np.full(600, 7, np.int32), np.full(600, -100, np.int32), [], None)], 1, Sampling(4, ()), 0)
 
