@@ -213,15 +213,13 @@ def exact(text: str, gold: str, ignore: Sequence[str] = ("case", "punctuation", 
     if options or re.fullmatch(r"\(?[A-R]\)?", gold.strip()):  # BIG-Bench Hard has options (A) to (R)
         if found := choice(text, gold, "ABCDEFGHIJKLMNOPQR", options):
             return found[0], {"exact": found[1]["acc"]}
-    def same(a, b):
-        if is_formula(b):
-            return text_equal(a, b)
-        return normal(a, ignore) == normal(b, ignore) != "" or a.strip() == b.strip()
     if split:
         def parts(t): return sorted(filter(None, (normal(p, ignore).strip(" .") for p in t.split(split))))
         answer = re.sub(r"</?[A-Z]+>", "", answer).strip()  # <IUPAC>
         return answer, {"exact": parts(answer) == parts(gold) != []}
-    return answer, {"exact": same(answer, gold)}
+    if is_formula(gold):
+        return answer, {"exact": text_equal(answer, gold)}
+    return answer, {"exact": normal(answer, ignore) == normal(gold, ignore) != "" or answer.strip() == gold.strip()}
 
 
 def contains(text: str, gold: str, spaces: bool = True):
@@ -503,7 +501,8 @@ def read_table(text: str) -> list[list[str]] | None:
     """Rows of the last fenced block, or of all lines with a sign between columns: CSV or Markdown."""
     fenced = re.findall(r"```[^\n`]*\n(.*?)```", text, re.S)
     lines = [line.strip() for line in (fenced[-1] if fenced else text).splitlines()]
-    piped = [line.strip("|") for line in lines if line.startswith("|") and not re.fullmatch(r"[|:\s-]+", line)]
+    piped = [line[1:].removesuffix("|") for line in lines
+             if line.startswith("|") and not re.fullmatch(r"[|:\s-]+", line)]
     rows = csv.reader(piped or [line for line in lines if "," in line], delimiter="|" if piped else ",",
                       skipinitialspace=True)
     rows = [[cell.strip()[:200] for cell in row] for row in rows][:500]
@@ -534,11 +533,15 @@ def align(want: Sequence[str], got: Sequence[str], least: float) -> dict[int, in
 
 
 POWERS = {"pm": -12, "nm": -9, "um": -6, "mm": -3}  # of mole a litre
+NOTHING = re.compile(r"(?:nan|n\.?/?a\.?|n\.?d\.?|not (?:determined|tested|provided)|[-–—/])?", re.I)
 
 
 def same_cell(a: str, b: str, tol: float) -> bool:
-    """Numbers within tol, with the same sign (<, >) and, where both have one, the same unit; or equal texts."""
+    """Numbers within tol, with the same sign (<, >) and, where both have one, the same unit; or equal texts. What is
+    not given counts as 0, as in SciAssess: it asks for nan where its answers have 0.0."""
     def read(t):
+        if NOTHING.fullmatch(t.strip()):
+            return "", Fraction(0), ""
         m = re.match(r"([<>≤≥~]?)\s*=?", t)
         number = NUMBER.match(plain_numbers(t[m.end():]))
         if number is None or value_of(number) is None:
@@ -571,6 +574,8 @@ def table(text: str, gold: str, index: str | Sequence[str] = "", fields: Sequenc
     if len(got) > 2 and got[1][0].casefold() in ("", "nan"):
         got = max(got, one_header(got), key=lambda rows: len(align([*index, *fields], rows[0], least)))
     columns = align([*index, *fields], got[0], least)
+    if 0 not in columns.keys() | set(columns.values()):  # as in SciAssess, whose answers have empty corners themselves
+        columns[0] = 0
     def cell(row, k): return row[k] if k is not None and k < len(row) else ""
     def key(row, where): return " | ".join(cell(row, k) for k in where)
     here, there = [want[0].index(i) for i in index], [columns.get(k) for k in range(len(index))]

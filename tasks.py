@@ -28,8 +28,9 @@ Departures
    (BBBP, bace, clintox) and ChEBI-20 here: these scores are not comparable with the published ones.
 8. mmlu_boxed and gsm8k_boxed (no examples, reasoning, \\boxed{}) stand for MMLU and GSM8K in Innovator's table of
    reasoning models; that table's protocol is not stated, and its base models differ from the general table.
-9. OlympicArena is text only, as in its authors' mode for text models: "[figure1]" stays. SciAssess rows about a paper
-   need its text in sciassess/papers/DOI.txt (/ as _, pages parted by form feeds); a row without it counts as an error.
+9. OlympicArena is text only, as in its authors' mode for text models: "[figure1]" stays. An answer is judged by its
+   row's type (there: by any type that it fits). SciAssess rows about a paper need its text in sciassess/papers/DOI.txt
+   (/ as _, pages parted by form feeds); a row without it counts as an error.
 10. SmolInstruct is the plain mean of its 14 subtasks, as are all groups but agieval (by size).
 
 References: Innovator-VL (arXiv 2601.19325) and its lmms-eval fork; Innovator: Scientific Continued Pretraining with

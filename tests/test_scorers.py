@@ -344,15 +344,25 @@ def test_table():
 
 
 @pytest.mark.parametrize("header", ["Alloy,Composition,Composition\n,Fe,Co", "Alloy,Composition,Composition\nnan,Fe,Co",
-                                    "Alloy,Composition,\n,Fe,Co", "Alloy,Composition Fe,Composition Co"])
+                                    "Alloy,Composition,\n,Fe,Co", ",Composition,Composition\n,Fe,Co",
+                                    "Sample,Composition,Composition\n,Fe,Co", "Alloy,Composition Fe,Composition Co",
+                                    "| Alloy | Composition | |\n|---|---|---|\n|| Fe | Co |"])
 def test_table_with_two_header_lines(header):
     """SciAssess asks for two and shows "nan" in the corner of the second."""
     gold, kw = formats.named_table(",Composition,Composition\n,Fe,Co\nX1,70 wt.%,15 wt.%\nX2,70 wt.%,18 wt.%\n",
                                    [["Composition", "Fe"], ["Composition", "Co"]], "Alloy")
     assert gold == "Alloy,Composition Fe,Composition Co\nX1,70 wt.%,15 wt.%\nX2,70 wt.%,18 wt.%"
-    response = f"```csv\n{header}\nX2,70 wt.%,19 wt.%\nX1,70 wt.%,15 wt.%\n```"
+    rows = "X2,70 wt.%,19 wt.%\nX1,70 wt.%,15 wt.%"
+    rows = "\n".join(f"|{line.replace(',', '|')}|" for line in rows.splitlines()) if "|" in header else rows
+    response = f"```csv\n{header}\n{rows}\n```"
     assert score("table", response, gold, **kw).numbers == {"recall": 3 / 4, "precision": 3 / 4, "f1": 3 / 4}
     assert first("table", response.replace("Composition", "Impurity"), gold, **kw) == 0
+
+
+@pytest.mark.parametrize("a,b,same", [("nan", "0.0 wt.%", 1), ("", "n/a", 1), ("NA", "ND", 1), ("-", "0", 1),
+                                      ("nan", "0.1 wt.%", 0), ("0.1", "", 0), ("-5", "-5.0", 1), ("Bal.", "bal.", 1)])
+def test_cells_with_nothing(a, b, same):
+    assert scorers.same_cell(a, b, 0.01) == scorers.same_cell(b, a, 0.01) == same
 
 
 def test_table_row_without_a_name_is_no_header():
