@@ -4,6 +4,7 @@
     torchrun --nproc-per-node 2 bench.py train --model preset:innovator-vl-8b --stage mid --tokenizer DIR --data DIR
     python bench.py generate --model preset:innovator-53b-a13b
     python bench.py rl                               the trainer's side of RL on ragged responses, ours and TRL's
+    python bench.py harness --model preset:qwen3-8b --tokenizer DIR --data DIR       evaluate.py and lm_eval
     python bench.py packing                          fill and samples/s of the packers on a log-normal length file
     python bench.py upcycle --train TEXT --val TEXT --tokenizer DIR --out runs/upcycle      the upcycling experiment
     python bench.py report runs/upcycle              its table and pictures again
@@ -18,6 +19,13 @@ bf16, TRL uses autocast. TRL pads all sequences to the batch's longest prompt an
 micro-batch sizes counts, with Liger's layer kernels where they are installed and faster. Gradient norms differ by TRL's
 1e-4 beside the standard deviation (ours 1e-5) and, for dapo, by its mean over updates in the denominator.
 
+harness runs evaluate.py --engine vllm and lm_eval (lm-evaluation-harness 0.4.13) --model vllm on one checkpoint with
+the same documents and prompts, each in a process of its own, one after the other: MMLU 5-shot (log-likelihoods) and
+GSM8K 8-shot (generation) from mmlu/dev/*.csv, mmlu/test/*.csv and gsm8k/test.jsonl below --data. Wall time is the whole
+process's; lm_eval's cache of data sets is filled before. lm_eval has batch size auto and vLLM's defaults; memory,
+context and budget are the same on both sides. Until ready: when vLLM has our weights, or lm_eval begins to ask; for
+log-likelihoods evaluate.py's log does not tell it.
+
 upcycle asks the Innovator paper's questions (arXiv:2507.18671, Tables 2 and 4, Figure 3) of a small model: a dense
 model is pretrained mostly on rows of discipline 'general', becomes a MoE by induct, split, route and integrate, and is
 compared with the same dense model trained on, on integrate's mixture: with as many tokens as integrate (the paper's
@@ -26,10 +34,12 @@ It runs upcycle.py and train_sft.py as a user would (every command is in command
 where it was stopped. --variants all adds the granularities 1, 2 and 4 slices, no induction (copies), no routing
 warm-up, no shared expert, and shorter integrations.
 """
+import csv
 import gc
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import statistics
@@ -49,6 +59,7 @@ from tqdm import tqdm
 
 import common
 import train_rl
+import tasks
 import train_sft
 from data import Dataset, Doc, Tokenizer, best_fit_decreasing
 from model import PRESETS, Innovator, config_of
@@ -232,19 +243,15 @@ def rl_trl(c: RL, r: train_rl.Config, responses: list, device, batches: int, mic
             "sequences": micro, "logp": torch.cat(logp), "grad_norm": trainer.state.log_history[0]["grad_norm"]}
 
 
-def rl_model(c: RL, folder: Path, device) -> str:
-    """A preset's random weights as a checkpoint, with a tokenizer of nothing but the special tokens. -> its folder"""
-    special = [f"<|{n}|>" for n in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad",
-                                    "video_pad")]
-    vocabulary = tokenizers.models.WordLevel({t: k for k, t in enumerate(special)}, unk_token=special[0])
-    tokenizers.Tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
+def random_model(c, tokenizer: Path, folder: Path, device, dtype: torch.dtype | None = None) -> str:
+    """A preset's random weights as a checkpoint, without vision. -> its folder"""
     config = config_of(c.model)
     model = Innovator.from_config(replace(
         config, vision=None, num_hidden_layers=c.layers or config.num_hidden_layers,
-        token_ids=Tokenizer(folder).token_ids()), device=device, seed=c.seed)
-    model.assets = folder
-    model.save_pretrained(folder / "model")
-    return str(folder / "model")
+        token_ids=Tokenizer(tokenizer).token_ids()), device=device, seed=c.seed)
+    model.assets = tokenizer
+    model.save_pretrained(folder, dtype)
+    return str(folder)
 
 
 def rl_responses(c: RL, vocab: int) -> list[train_rl.Response]:
@@ -266,7 +273,11 @@ def rl_responses(c: RL, vocab: int) -> list[train_rl.Response]:
 def rl(c: RL) -> None:
     device, folder = common.init_distributed(), Path(tempfile.mkdtemp(prefix="bench_"))
     assert common.world() == 1, "rl measures one process"
-    model = rl_model(c, folder, device) if c.model.startswith("preset:") else c.model
+    special = [f"<|{n}|>" for n in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad",
+                                    "video_pad")]
+    vocabulary = tokenizers.models.WordLevel({t: k for k, t in enumerate(special)}, unk_token=special[0])
+    tokenizers.Tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
+    model = random_model(c, folder, folder / "model", device) if c.model.startswith("preset:") else c.model
     config, every = config_of(model), []
     assert not config.num_experts and config.vision is None, f"{c.model}: rl compares dense text models"
     r = train_rl.Config(recipe=c.recipe, model=model, data=[], out="", prompts=c.prompts, group=c.group,
@@ -334,6 +345,165 @@ def rl(c: RL) -> None:
     shutil.rmtree(folder)
     for x in filter(None, (ours, theirs)):
         del x["logp"], x["row"]
+    print(json.dumps(result))
+
+
+# ---- evaluate.py and lm-evaluation-harness --------------------------------------------------------------------------
+@dataclass
+class Harness:
+    model: str  # folder of a dense text model, or preset:NAME (random weights, no vision)
+    data: str = "data"  # folder of the benchmarks' files
+    tokenizer: str = ""  # folder; for presets
+    layers: int = 0  # blocks that a preset is cut to, 0: all
+    which: Literal["both", "mmlu", "generation"] = "both"  # what is measured
+    limit: int = 2000  # documents of MMLU, evenly spread over its files, 0: all
+    samples: int = 1000  # documents of GSM8K, likewise
+    new: int = 256  # budget of a response
+    context: int = 4096  # longest prompt + response
+    memory: float = 0.8  # share of the GPU's memory that vLLM may take
+    repeats: int = 1  # runs of each side, which take turns in being first; vLLM's compile cache is empty in the first
+    seed: int = 0  # weights
+    out: str = ""  # folder of logs and results; empty: a temporary one
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def read_mmlu(data: Path, split: str) -> list[tuple[str, list[str]]]:
+    """(subject, row of its file), in the order of tasks.py."""
+    return [(f.stem.removesuffix(f"_{split}"), row) for f in sorted((data / f"mmlu/{split}").glob("*.csv"))
+            for row in csv.reader(open(f, encoding="utf-8-sig", newline=""))]
+
+
+def write_mmlu(root: Path, split: str, rows: list[tuple[str, list[str]]]) -> dict[str, list[dict]]:
+    """In the published layout, and as jsonl for the harness. -> the latter by subject"""
+    found = {}
+    for subject, row in rows:
+        found.setdefault(subject, []).append(row)
+    for subject, some in found.items():
+        path = root / f"mmlu/{split}/{subject}_{split}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="") as f:
+            csv.writer(f).writerows(some)
+        found[subject] = [dict(question=r[0], choices=r[1:5], answer="ABCD".index(r[5]), subject=subject) for r in some]
+        write_rows(root / f"harness/mmlu_{subject}_{split}.jsonl", found[subject])
+    return found
+
+
+def harness_task(root: Path, file: str, files: dict[str, str], until=(), tokens: int = 0, **more) -> dict:
+    """The harness' own task file, with local data. until, tokens: what ends a response."""
+    import lm_eval.tasks
+    import yaml
+    path = Path(lm_eval.tasks.__file__).parent / file
+    own = yaml.safe_load(path.read_text())
+    base = yaml.safe_load(path.with_name(own.pop("include")).read_text()) if "include" in own else {}
+    more |= dict(dataset_path="json", dataset_name=None, dataset_kwargs={
+        "data_files": {k: str(root / v) for k, v in files.items()}})
+    if tokens:
+        more["generation_kwargs"] = dict(until=list(until), do_sample=False, temperature=0.0, max_gen_toks=tokens)
+    return {k: v for k, v in (base | own | more).items() if k not in ("tag", "group", "task_alias")}
+
+
+def harness_files(c: Harness, root: Path) -> dict[str, list[dict]]:
+    """Writes the chosen documents for both sides. -> the harness' tasks of each of ours"""
+    def spread(rows, n): return [rows[i * len(rows) // n] for i in range(n)] if 0 < n < len(rows) else rows
+    data, found = Path(c.data), {}
+    if c.which != "generation":
+        subjects = write_mmlu(root, "test", spread(read_mmlu(data, "test"), c.limit))
+        write_mmlu(root, "dev", [row for row in read_mmlu(data, "dev") if row[0] in subjects])
+        found["mmlu"] = [harness_task(root, f"mmlu/default/mmlu_{s}.yaml", {
+            k: f"harness/mmlu_{s}_{k}.jsonl" for k in ("test", "dev")}, num_fewshot=5, task=f"local_mmlu_{s}")
+            for s in subjects]
+    if c.which != "mmlu":
+        write_rows(root / "gsm8k/test.jsonl",
+                   spread([json.loads(line) for line in open(data / "gsm8k/test.jsonl", "rb")], c.samples))
+        found["gsm8k_cot"] = [harness_task(root, "gsm8k/gsm8k-cot.yaml", {"test": "gsm8k/test.jsonl"},
+                                           tasks.TASKS["gsm8k_cot"].stop, c.new, task="local_gsm8k_cot")]
+    return found
+
+
+def timed(command: list, out: Path, ready: bytes | None) -> tuple[float, float | None]:
+    """Wall seconds of a process, and until its log says `ready`."""
+    start, at, tail, log = time.perf_counter(), None, b"", Path(f"{out}.log")
+    env = os.environ | {"PYTHONUNBUFFERED": "1", "VLLM_CACHE_ROOT": f"{out.parent}/cache_{out.name[:-2]}"}
+    with open(log, "wb") as f, subprocess.Popen([sys.executable, *map(str, command)], env=env, stdout=subprocess.PIPE,
+                                                stderr=subprocess.STDOUT) as process:
+        while some := process.stdout.read1():
+            f.write(some)
+            tail = tail[-200:] + some
+            if at is None and ready and re.search(ready, tail):
+                at = time.perf_counter() - start
+    if process.returncode:
+        last = log.read_text(errors="replace").strip().splitlines()[-1:]
+        raise common.UserError(f"exit code {process.returncode}, see {log}: {''.join(last)[:300]}")
+    return time.perf_counter() - start, at
+
+
+def harness_agree(name: str, root: Path, ours: Path, theirs: Path, tok: Tokenizer) -> dict:
+    """What both were asked, and on how many documents they decide the same."""
+    docs = {d["id"]: d["context"] or d["pairs"][0][0] for d in tasks.documents(name, root)}
+    here = [json.loads(line) for line in open(ours / f"samples_{name}.jsonl", "rb")]
+    there = [row for f in theirs.rglob("samples_*.jsonl") for row in map(json.loads, open(f, "rb"))
+             if row["filter"] in ("none", "flexible-extract")]
+    hits = {row["arguments"]["gen_args_0"]["arg_0"]: row.get("acc", row.get("exact_match")) for row in there}
+    assert len(here) == len(there) and set(docs.values()) == set(hits), \
+        f"{name}: {len(here)} documents here, {len(there)} there, or their prompts differ"
+    assert not (bad := [row["error"] for row in here if row["error"]]), f"{name}: {len(bad)} errors: {bad[0]}"
+    texts = [row["resps"][0][0] for row in there if name == "gsm8k_cot"]
+    return {"documents": len(here), "read": sum(len(tok.encode(text)) for text in docs.values()),
+            "new": [sum(x["tokens"] for row in here for x in row["responses"]), sum(len(tok.encode(t)) for t in texts)],
+            "agree": sum(bool(row["numbers"]["acc"]) == bool(hits[docs[row["id"]]]) for row in here)}
+
+
+def harness(c: Harness) -> None:
+    if not importlib.util.find_spec("lm_eval"):
+        raise common.UserError("lm_eval is not installed, nothing to compare with: pip install lm_eval==0.4.13")
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    import yaml
+    from lm_eval.api.task import ConfigurableTask
+    folder, cuda = Path(c.out or tempfile.mkdtemp(prefix="bench_")), torch.cuda.is_available()
+    device, dtype, model = torch.device("cuda" if cuda else "cpu"), "bfloat16" if cuda else "float32", c.model
+    if c.model.startswith("preset:"):
+        model = random_model(c, Path(c.tokenizer), folder / "model", device, getattr(torch, dtype))
+        if not (folder / "model/tokenizer_config.json").exists():  # Transformers needs it
+            common.write_json(folder / "model/tokenizer_config.json", dict(
+                tokenizer_class="PreTrainedTokenizerFast", eos_token="<|endoftext|>", pad_token="<|endoftext|>"))
+    tok, found, result = Tokenizer(model), harness_files(c, folder), {"config": asdict(c), "commit": common.commit()}
+    (folder / "tasks").mkdir()
+    for task in (task for some in found.values() for task in some):
+        (folder / f"tasks/{task['task']}.yaml").write_text(yaml.safe_dump(task))
+        ConfigurableTask(config=task)  # fills the cache of data sets
+    print(ceilings(device))
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+    print("| | documents | tokens read, new: ours, lm_eval | ours (until ready) | lm_eval (until ready) | ratio | "
+          "same decision |\n|---|---|---|---|---|---|---|", flush=True)
+    for name, some in found.items():
+        commands = {
+            "ours": [Path(__file__).parent / "evaluate.py", model, "--tasks", name, "--data-root", folder, "--engine",
+                     "vllm", "--engine-memory", c.memory, "--context", c.context, "--max-new-tokens", c.new, "--out"],
+            "lm_eval": ["-m", "lm_eval", "run", "--model", "vllm", "--batch_size", "auto", "--model_args",
+                        f"pretrained={model},dtype={dtype},gpu_memory_utilization={c.memory},"
+                        f"max_model_len={c.context}", "--include_path", folder / "tasks", "--tasks",
+                        *(t["task"] for t in some), "--log_samples", "--output_path"]}
+        ready = {"ours": None if name == "mmlu" else rb"processing weights took",
+                 "lm_eval": rb"Running \w+ requests: +0%"}
+        runs = {side: [] for side in commands}
+        for k in range(c.repeats):
+            for side in list(commands)[::(-1) ** k]:
+                out = folder / f"{name}_{side}_{k}"
+                runs[side].append(timed([*commands[side], out], out, ready[side]))
+        x = harness_agree(name, folder, *(folder / f"{name}_{side}_0" for side in commands), tok)
+        wall = [statistics.median(seconds for seconds, _ in runs[side]) for side in commands]
+        cells = [", ".join(f"{s:.1f} ({'-' if at is None else f'{at:.1f}'})" for s, at in runs[side]) for side in runs]
+        result[name] = x | {"runs": runs, "ratio": wall[0] / wall[1]}
+        print(f"| {name} | {x['documents']} | {x['read']:,}, new {x['new'][0]:,}, {x['new'][1]:,} | {cells[0]} s | "
+              f"{cells[1]} s | {wall[0] / wall[1]:.3f} | {x['agree']} |", flush=True)
+    if not c.out:
+        shutil.rmtree(folder)
     print(json.dumps(result))
 
 
@@ -603,6 +773,7 @@ def upcycle_report(folder: str) -> None:
 def main() -> None:
     commands = {"train": lambda: train(sys.argv[2:]), "packing": packing,
                 "rl": lambda: rl(common.parse(RL, sys.argv[2:], __doc__)),
+                "harness": lambda: harness(common.parse(Harness, sys.argv[2:], __doc__)),
                 "generate": lambda: generate(common.parse(Generate, sys.argv[2:], __doc__)),
                 "upcycle": lambda: upcycle(common.parse(Upcycle, sys.argv[2:], __doc__)),
                 "report": lambda: upcycle_report(*sys.argv[2:3] or ["."])}

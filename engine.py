@@ -57,6 +57,8 @@ class Continuation:
 
 class TorchEngine:
     """model.py's generate on a whole copy of the model."""
+    waking = 0.0
+
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, attention: str = "auto",
                  experts: bool = False, batch: int = 64):
         self.model = Innovator.on_meta(config).to(dtype).to_empty(device=device).eval()
@@ -131,6 +133,7 @@ class VllmEngine:
                             "--engine torch") from None
         assert world() % tp == 0, f"--tp {tp} does not divide {world()} ranks"
         self.device, self.experts, self.tp, self.out, self.version = device, experts, tp, out, 0
+        self.waking = 0.0  # seconds of the last load() in which vLLM got its memory back
         config_there, self.rename = decoder_form(config)
         self.eyes = None
         if config.vision is not None:  # vision tower, merger and embedding table; no block, no head of its own
@@ -183,6 +186,7 @@ class VllmEngine:
                     yield name, whole
         pairs = (pair for name, tensor in split_pieces(decoder()) for pair in self.rename(name, tensor))
         with self._guard():
+            self.waking = 0.0
             self._wake("weights")
             if self.device.type == "cpu":
                 self.llm.apply_model(forget_kernels)
@@ -195,8 +199,10 @@ class VllmEngine:
 
     def _wake(self, what: str) -> None:
         if self.asleep:
+            began = time.perf_counter()
             torch.cuda.empty_cache()  # what torch keeps for later is vLLM's now
             self.llm.wake_up(tags=[what])
+            self.waking += time.perf_counter() - began
 
     def sleep(self) -> None:
         """Level 2: weights and cache are dropped, load() brings all weights back."""

@@ -10,7 +10,7 @@
 The checkpoint is a Hugging Face folder or the folder of a training run (its newest checkpoint). --out gets results.json
 (laid out as lm-evaluation-harness' own), results.md and samples_TASK.jsonl, one row a document. A run that ended early
 goes on where it stopped: responses_TASK.rankN.jsonl holds each response as it came, under a key over the weights, the
-tokenizer, the prompt, the pictures' names and sizes, image limits, sampling, engine and dtype. Another checkpoint never
+tokenizer, the prompt, the pictures, image limits, sampling, engine and dtype. Another checkpoint never
 meets old responses; they stay in the file. A task without its files is named, the others run, and the exit code is 3;
 it is 1 if all documents of a task are errors.
 
@@ -196,28 +196,35 @@ def shown(prompt: Doc | list, tok: Tokenizer) -> str:
 
 
 # ---- what a response depends on -------------------------------------------------------------------------------------
-def checkpoint_hash(folder: Path) -> str:
-    """Hash of configuration, tokenizer and weights. Of a file over 256 MiB, 4096 blocks of 64 KiB spread evenly: its
-    ends alone would miss a run that trains only some modules."""
-    h, block = hashlib.sha256(), 2 ** 16
-    for path in [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]:
-        size = path.stat().st_size
-        h.update(f"{path.name} {size} ".encode())
-        with open(path, "rb") as f:
-            for start in [*range(0, size, max(block, size // 4096)), max(0, size - block)]:
-                f.seek(start)
-                h.update(f.read(block))
+def file_hash(path: Path, blocks: int) -> str:
+    """Of name, size and content; of a large file, that many blocks of 64 KiB spread evenly and its end."""
+    size, block = path.stat().st_size, 2 ** 16
+    h = hashlib.sha256(f"{path.name} {size} ".encode())
+    with open(path, "rb") as f:
+        for start in [*range(0, size, max(block, size // blocks)), max(0, size - block)]:
+            f.seek(start)
+            h.update(f.read(block))
     return h.hexdigest()
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """Of configuration, tokenizer and weights. The ends of a file alone would miss a run that trains some modules."""
+    paths = [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]
+    return digest([file_hash(path, 4096) for path in paths])
+
+
+@functools.cache
+def picture_hash(path: str) -> str | None:
+    return file_hash(Path(path), 4) if os.path.exists(path) else None
 
 
 def key_of(doc: dict, task: Task, c: Config, weights: str) -> str:
     """Begins with the checkpoint's hash."""
-    sizes = [os.path.getsize(p) if os.path.exists(p) else None for p in doc["images"]]
-    how = [c.dtype]
+    pictures, how = [picture_hash(str(p)) for p in doc["images"]], [c.dtype]
     if task.request == "generate":
         how += [c.engine, task.budget, task.stop, c.chat, asdict(task.limits) if doc["images"] else None]
         how += [task.samples, task.temperature, task.top_p, c.seed, c.batch] if task.temperature else []
-    return f"{weights[:12]}-{digest(doc['id'], prompt_hash(doc), sizes, how)}"
+    return f"{weights[:12]}-{digest(doc['id'], prompt_hash(doc), pictures, how)}"
 
 
 # ---- the model answers ----------------------------------------------------------------------------------------------

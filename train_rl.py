@@ -702,7 +702,8 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
                "made": int(made), "bad_rows": int(bad), "equal_groups": equal / max(groups, 1),
                "lr": rate(), **row,
                **{k: sum(s[k] for s in stats) / len(stats) for k in (stats[0] if stats else ())},
-               "generate_s": t1 - t0, "train_s": t2 - t1, "sync_s": t3 - t2, "tok_s": tokens / (t3 - t0)}
+               "generate_s": t1 - t0, "train_s": t2 - t1, "sync_s": t3 - t2,
+               "waking_s": engine.waking if engine else 0.0, "tok_s": tokens / (t3 - t0)}
         if device.type == "cuda":
             row["peak_gb"] = torch.cuda.max_memory_allocated(device) / 2 ** 30
         log.write(row)

@@ -5,7 +5,6 @@
 It needs lm_eval 0.4.13, accelerate and the data kit. The model is a random Qwen3 decoder that evaluate.py and
 Transformers both read; what it says is never right, so the reading of answers is compared on made responses, too.
 """
-import csv
 import importlib.util
 import json
 import random
@@ -15,6 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import SHARED, launch
 
+import bench
+import evaluate
 import results
 import tasks
 from model import Innovator, ModelConfig
@@ -27,27 +28,18 @@ SIZES = dict(mmlu=10, arc=6, gsm8k=4, bbh=4)  # documents in a test; bbh and mml
 
 def write_world(data: Path, root: Path, sizes: dict) -> dict[str, list[str]]:
     """Files in our layout, and as jsonl for the harness. -> subjects of mmlu and bbh"""
-    def lines(path, rows):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     names = sorted(f.stem[:-5] for f in (data / "mmlu/test").glob("*.csv"))
     mmlu, made = names[::max(1, len(names) // max(2, sizes["mmlu"] // 10))], []
     for subject in mmlu:
-        for split in ("test", "dev"):
-            rows = list(csv.reader(open(data / f"mmlu/{split}/{subject}_{split}.csv", encoding="utf-8-sig")))
-            rows = rows[:-(-sizes["mmlu"] // len(mmlu))] if split == "test" else rows
-            path = root / f"mmlu/{split}/{subject}_{split}.csv"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            csv.writer(open(path, "w", newline="")).writerows(rows)
-            found = [dict(question=r[0], choices=r[1:5], answer="ABCD".index(r[5]), subject=subject) for r in rows]
-            lines(root / f"harness/mmlu_{subject}_{split}.jsonl", found)
-            made += found if split == "test" else []
+        test, dev = ([row for row in bench.read_mmlu(data, split) if row[0] == subject] for split in ("test", "dev"))
+        made += bench.write_mmlu(root, "test", test[:-(-sizes["mmlu"] // len(mmlu))])[subject]
+        bench.write_mmlu(root, "dev", dev)
     arc = [dict(id=str(k), question=r["question"], answerKey="ABCD"[r["answer"]],
                 choices={"text": r["choices"], "label": list("ABCD")}) for k, r in enumerate(made)]
     random.Random(0).shuffle(arc)
-    lines(root / "arc/ARC-Easy/test.jsonl", arc[:sizes["arc"]])
-    lines(root / "arc/ARC-Easy/train.jsonl", arc[-40:])
-    lines(root / "gsm8k/test.jsonl", list(map(json.loads, open(data / "gsm8k/test.jsonl")))[:sizes["gsm8k"]])
+    bench.write_rows(root / "arc/ARC-Easy/test.jsonl", arc[:sizes["arc"]])
+    bench.write_rows(root / "arc/ARC-Easy/train.jsonl", arc[-40:])
+    bench.write_rows(root / "gsm8k/test.jsonl", list(map(json.loads, open(data / "gsm8k/test.jsonl")))[:sizes["gsm8k"]])
     names = sorted(f.stem for f in (data / "bbh").glob("*.json"))
     bbh = names[:: max(1, len(names) // max(2, sizes["bbh"] // 8))]
     for task in bbh:
@@ -55,30 +47,20 @@ def write_world(data: Path, root: Path, sizes: dict) -> dict[str, list[str]]:
         (root / "bbh/cot-prompts").mkdir(parents=True, exist_ok=True)
         (root / f"bbh/{task}.json").write_text(json.dumps({"examples": rows}))
         (root / f"bbh/cot-prompts/{task}.txt").write_text((data / f"bbh/cot-prompts/{task}.txt").read_text())
-        lines(root / f"harness/bbh_{task}.jsonl", rows)
+        bench.write_rows(root / f"harness/bbh_{task}.jsonl", rows)
     return {"mmlu": mmlu, "bbh": bbh}
 
 
 def harness_tasks(root: Path, subjects: dict, tokens: int) -> dict:
     """The harness' own task files with local data. Of BBH the stop string is ours ("Q:", not any capital Q)."""
-    import lm_eval.tasks
-    import yaml
     from lm_eval.api.task import ConfigurableTask
-    there = Path(lm_eval.tasks.__file__).parent
-
-    def config(file, files, **more):
-        own = yaml.safe_load((there / file).read_text())
-        base = yaml.safe_load((there / file).with_name(own.pop("include")).read_text()) if "include" in own else {}
-        both = base | own | more | dict(dataset_path="json", dataset_name=None, dataset_kwargs={
-            "data_files": {k: str(root / v) for k, v in files.items()}})
-        return ConfigurableTask(config={k: v for k, v in both.items() if k not in ("tag", "group", "task_alias")})
-    def kw(*until): return {"generation_kwargs": {"until": list(until), "do_sample": False, "temperature": 0.0,
-                                                  "max_gen_toks": tokens}}
+    def config(*args, **more): return ConfigurableTask(config=bench.harness_task(root, *args, **more))
     found = {f"mmlu/{s}": config(f"mmlu/default/mmlu_{s}.yaml", {k: f"harness/mmlu_{s}_{k}.jsonl" for k in
                                  ("test", "dev")}, num_fewshot=5) for s in subjects["mmlu"]}
     found |= {f"bbh/{s}": config(f"bbh/cot_fewshot/{s}.yaml", {"test": f"harness/bbh_{s}.jsonl"}, num_fewshot=3,
-                                 **kw("</s>", "Q:", "\n\n")) for s in subjects["bbh"]}
-    found["gsm8k_cot"] = config("gsm8k/gsm8k-cot.yaml", {"test": "gsm8k/test.jsonl"}, **kw("Q:", "</s>", "<|im_end|>"))
+                                 until=("</s>", "Q:", "\n\n"), tokens=tokens) for s in subjects["bbh"]}
+    found["gsm8k_cot"] = config("gsm8k/gsm8k-cot.yaml", {"test": "gsm8k/test.jsonl"},
+                                until=("Q:", "</s>", "<|im_end|>"), tokens=tokens)
     found["arc_easy"] = config("arc/arc_easy.yaml", {k: f"arc/ARC-Easy/{k}.jsonl" for k in ("train", "test")},
                                num_fewshot=5, validation_split=None)
     return found
@@ -184,6 +166,19 @@ def test_agreement_with_the_harness(tmp_path):
     for name, what, documents, agree, gap in compared(SHARED / "data", tmp_path / "world", SIZES):
         assert agree >= 0.99 * documents, (name, what, documents, agree)
         assert gap is None or gap < 1e-3, (name, gap)
+
+
+def test_bench_asks_what_the_limit_would(tmp_path):
+    there = bench.harness_files(bench.Harness("", data=str(SHARED / "data"), limit=60, samples=5), tmp_path)
+    for name, limit in (("mmlu", 60), ("gsm8k_cot", 5)):
+        def asked(docs): return [(d["context"], d["pairs"], d["gold"]) for d in docs]
+        every = tasks.documents(name, SHARED / "data")
+        here = tasks.documents(name, tmp_path)
+        assert asked(here) == asked(evaluate.chosen(evaluate.Config(limit=limit), name, every))
+        files = [Path(t["dataset_kwargs"]["data_files"]["test"]) for t in there[name]]
+        questions = [json.loads(line)["question"] for f in files for line in open(f, "rb")]
+        assert len(questions) == limit and all(q.strip() in (d["context"] or d["pairs"][0][0])
+                                               for q, d in zip(questions, here, strict=True))
 
 
 if __name__ == "__main__":
