@@ -540,7 +540,7 @@ def test_molecules_in_the_papers_prompts(root):
 
 
 def test_other_rows(root):
-    second = lambda name: documents(name, root)[1]
+    def second(name): return documents(name, root)[1]
     assert text(second("ai2d")) == "<image>\nAnd  here?\nA. red\nB. blue\n" + L and second("ai2d")["gold"] == "A"
     assert second("ocrbench")["kw"] == {"spaces": False} and documents("ocrbench", root)[0]["kw"] == {"spaces": True}
     assert text(second("mmmu_val")) == "<image>\n<image 1> How much?\n\n" + W
