@@ -363,7 +363,7 @@ class Harness:
     memory: float = 0.8  # share of the GPU's memory that vLLM may take
     repeats: int = 1  # runs of each side, which take turns in being first; vLLM's compile cache is empty in the first
     seed: int = 0  # weights
-    out: str = ""  # folder of logs and results; empty: a temporary one
+    out: str = ""  # new folder of logs and results; empty: a temporary one
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
@@ -464,6 +464,7 @@ def harness(c: Harness) -> None:
     import yaml
     from lm_eval.api.task import ConfigurableTask
     folder, cuda = Path(c.out or tempfile.mkdtemp(prefix="bench_")), torch.cuda.is_available()
+    (folder / "tasks").mkdir(parents=True)
     device, dtype, model = torch.device("cuda" if cuda else "cpu"), "bfloat16" if cuda else "float32", c.model
     if c.model.startswith("preset:"):
         model = random_model(c, Path(c.tokenizer), folder / "model", device, getattr(torch, dtype))
@@ -471,7 +472,6 @@ def harness(c: Harness) -> None:
             common.write_json(folder / "model/tokenizer_config.json", dict(
                 tokenizer_class="PreTrainedTokenizerFast", eos_token="<|endoftext|>", pad_token="<|endoftext|>"))
     tok, found, result = Tokenizer(model), harness_files(c, folder), {"config": asdict(c), "commit": common.commit()}
-    (folder / "tasks").mkdir()
     for task in (task for some in found.values() for task in some):
         (folder / f"tasks/{task['task']}.yaml").write_text(yaml.safe_dump(task))
         ConfigurableTask(config=task)  # fills the cache of data sets
