@@ -18,7 +18,8 @@ The answers depend neither on the number of processes nor on interruptions (torc
 form fixed batches with seeds of their own, each is run whole by one rank, and ranks do not communicate before the end.
 Log-likelihoods are always computed by model.py. Beside every score stand the shares of responses without a readable
 answer (unparsed) and at the end of their budget (truncated), and of documents that could not be asked or scored
-(errors): these count as wrong and are never left out.
+(errors): these count as wrong and are never left out. With --judge URL a language model is asked about what rules read
+as no answer or a wrong one, in tasks whose authors ask one; its share stands beside the score, its verdicts are kept.
 
 Departures from lm-evaluation-harness 0.4.13
 1. A prompt that does not fit the context is an error; there its beginning is cut off.
@@ -52,12 +53,14 @@ from common import UserError, is_rank0, print0, rank, world
 from data import BadRow, Doc, Tokenizer, encode
 from kernels.attention import Branches
 from model import Innovator, Pack, _chunks, checkpoint_folder, config_of, gathered, load_weights, weight_files
-from results import LOWER_IS_BETTER, answered, digest, graded, group_results, metrics, prompt_hash, summary, tables
+from results import (LOWER_IS_BETTER, answered, ask_judge, digest, graded, group_results, metrics, prompt_hash, summary,
+                     tables)
+from rewards import Judge
 from tasks import GROUPS, TASKS, Task, documents, expand, missing
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FREE = ("tasks", "data_root", "out", "device", "threads", "engine_memory", "eager", "resume", "rescore", "published",
-        "show", "list")  # nothing in results.json depends on them
+        "judge", "judge_model", "show", "list")  # may differ from those of the saved responses
 TOGETHER = 32768  # tokens of one forward of log-likelihoods
 
 
@@ -89,6 +92,8 @@ class Config:
     resume: bool = True  # use responses of an earlier run where all they depend on is the same
     rescore: bool = False  # score the saved responses again, without the model
     published: bool = False  # the papers' rows beside ours
+    judge: str = ""  # URL of an OpenAI-compatible server, with /v1, that is asked where rules read no answer or say no
+    judge_model: str = ""  # its name there; the server's key is read from OPENAI_API_KEY
     show: str = ""  # print what the model sees of a task's first document
     list: bool = False  # print the tasks, groups and the files they need
 
@@ -100,6 +105,7 @@ class Config:
         assert 0 < self.engine_memory < 1, f"--engine-memory {self.engine_memory} is a share between 0 and 1"
         for name in ("limit", "max_new_tokens", "min_pixels", "max_pixels", "repeats", "context"):
             assert getattr(self, name) >= 0, f"{name} {getattr(self, name)} must not be negative"
+        assert bool(self.judge) == bool(self.judge_model), "--judge and --judge-model belong together"
         self.only = {}
         for given in self.samples:
             found = re.fullmatch(r"([^:]+):(\d+(?:,\d+)*)", given)
@@ -507,6 +513,7 @@ def run(c: Config, checkpoint: str, out: Path, device: torch.device, wait, closi
                          "n-samples", "task_hashes")}
     if old and all(old.get(k) == info[k] for k in ("weights", "config")):
         r = {k: dict(old[k]) for k in r}  # other tasks stay
+    judge = Judge(c.judge, c.judge_model, str(out / "judge"), os.environ.get("OPENAI_API_KEY", ""))
     if is_rank0():
         out.mkdir(parents=True, exist_ok=True)
     lacking = {name: lack for name in c.tasks if (lack := missing(name, root, c.task(name).shots))}
@@ -541,12 +548,18 @@ def run(c: Config, checkpoint: str, out: Path, device: torch.device, wait, closi
             continue
         try:
             done, each = zip(*(graded(d, rows[d["id"]]) for d in asked))
+            if c.judge and task.judge:
+                ask_judge(judge, asked, done, each)
+            result = summary(name, task, asked, done, each)
         except UserError as e:  # a library for molecules is not installed: the responses stay
             lacking[name] = f"{name}: {e}; its responses are kept: run again afterwards"
             continue
         write_samples(out, name, done, left)
         print_errors(name, [s for s in done if s["error"] is not None])
-        r["results"][name] = summary(name, task, asked, done, each)
+        if failed := result.get("judge_failed"):
+            print(f"{name}: the judge did not decide on {failed} responses, the rule did: "
+                  f"{next(w for s in done for w in s['judge'] if 'no judge' in w)}; --rescore asks again")
+        r["results"][name] = result
         r["versions"][name], r["n-shot"][name] = task.version, task.shots
         r["higher_is_better"][name] = {m: m not in LOWER_IS_BETTER for m in metrics(r["results"][name])}
         r["n-samples"][name] = {"original": len(every), "effective": len(asked)}

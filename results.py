@@ -8,8 +8,12 @@ evaluate.py calls it with fresh responses and with saved ones (--rescore).
 import contextlib
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tqdm import tqdm
+
+import rewards
 import scorers
 from tasks import GROUPS, Task, average, published
 
@@ -61,6 +65,33 @@ def graded(doc: dict, row: dict) -> tuple[dict, list[dict]]:
             "options": doc["options"], "chance": doc["chance"]}, each
 
 
+def ask_judge(judge: rewards.Judge, docs: list[dict], rows: list[dict], each: list[list[dict]]) -> None:
+    """Overrules the rule where the judge finds an answer right: among choices where no letter was read, among open
+    answers where the rule says no. row["judge"] tells who decided on each response; without a reply the rule does."""
+    def asks(doc, row, numbers):
+        value = next(iter(numbers.values()))
+        return not row["error"] and (value is None or value == 0 and doc["scorer"] in ("exact", "math", "molecule"))
+    places = [(i, k) for i, (doc, row) in enumerate(zip(docs, rows)) for k, numbers in enumerate(each[i])
+              if asks(doc, row, numbers)]
+    for row in rows:
+        row["judge"] = ["rule"] * len(row["responses"])
+
+    def verdict(place):
+        i, k = place
+        gold = docs[i]["gold"]
+        right = " or ".join(map(str, gold if isinstance(gold, list) else [gold]))
+        return rewards.ask_judge(judge, rows[i]["responses"][k]["text"], right, rows[i]["question"])
+    with ThreadPoolExecutor(16) as pool:
+        found = pool.map(verdict, places)
+        for (i, k), (right, who) in zip(places, tqdm(found, desc="judge", total=len(places), disable=None)):
+            rows[i]["judge"][k] = who
+            if right:
+                each[i][k][next(iter(each[i][k]))] = 1.0
+    for i in {i for i, _ in places}:
+        metric = next(iter(each[i][0]))
+        rows[i]["numbers"][metric] = scorers.mean([e[metric] for e in each[i]])["value"]
+
+
 def summary(name: str, task: Task, docs: list[dict], rows: list[dict], each: list[list[dict]]) -> dict:
     """A task's entry in results.json; its metric comes first. Tasks that mix scorers call it score."""
     firsts = {next(iter(e[0])) for e in each}
@@ -95,6 +126,7 @@ def summary(name: str, task: Task, docs: list[dict], rows: list[dict], each: lis
         found = {m: {"value": None, "stderr": None} for m in found}
     responses = [r for row in rows for r in row["responses"]]
     def share(hits, of): return sum(hits) / len(of) if of else 0.0
+    who = [w for r in rows for w in r.get("judge", ())]
     fine = [e for own, r in zip(each, rows) if not r["error"] for e in own]
     subjects = dict.fromkeys(r["group"] for r in rows if r["group"])
     parts = {g: [i for i, r in enumerate(rows) if r["group"] == g] for g in subjects}
@@ -106,6 +138,8 @@ def summary(name: str, task: Task, docs: list[dict], rows: list[dict], each: lis
            "errors": share((r["error"] is not None for r in rows), rows),
            "length": share((r["tokens"] for r in responses), responses),
            "chance": share((d["chance"] for d in docs), docs), "n": len(rows),
+           **({"judged": share((w == "judge" for w in who), who), "judge_failed": sum("no judge" in w for w in who)}
+              if who else {}),
            "by_group": {g: {"value": middle(values, some), "n": len(some),
                             "chance": middle([d["chance"] for d in docs], some)} for g, some in parts.items()}}
 

@@ -67,6 +67,7 @@ class Task:
     kw: dict = field(default_factory=dict)  # arguments of the scorer; a document's own come on top
     metric: str = ""  # the reported number of the scorer; empty: its first
     aggregate: str = "mean"  # of scorers.py: mean, group_mean, all_in_group, wemath, rmse, avg@k
+    judge: bool = False  # --judge may be asked about answers that the scorer cannot read or finds wrong
     corpus: str = ""  # of scorers.py: numbers of all responses together, beside the means of each
     shots: int = 0  # worked examples before a question
     shot_files: str = ""  # where they come from; empty: the documents bring their own
@@ -133,7 +134,7 @@ TASKS = {
                             group="category", more=lambda r: {"asked": r["text"].split("(A)")[0].strip()}),
                         "choice", 16),
     "mmbench_en_dev": Task("lmms-lab/MMBench, en, dev", "mmbench/en/dev", MMBENCH, "choice", 1024,
-                           aggregate="all_in_group"),
+                           aggregate="all_in_group", judge=True),
     "mmbench_en_test": Task("lmms-lab/MMBench, en, test", "mmbench/en/test", MMBENCH, "choice", 1024,
                             aggregate="all_in_group"),
     "mmerealworld": Task("yifanzhang114/MME-RealWorld-Lmms-eval train", "mmerealworld/train",
@@ -154,20 +155,22 @@ TASKS = {
                         {"ignore": ("case", "punctuation", "numbers")}),
 
     # ---- vision and language: mathematics
-    "mathvision_reason_test_reasoning": Task("MathLLMs/MathVision test", "mathvision/test", MATHVISION, "math", 2048),
+    "mathvision_reason_test_reasoning": Task("MathLLMs/MathVision test", "mathvision/test", MATHVISION, "math", 2048,
+                                             judge=True),
     "mathvision_reason_testmini_reasoning": Task("MathLLMs/MathVision testmini", "mathvision/testmini", MATHVISION,
-                                                 "math", 2048),
+                                                 "math", 2048, judge=True),
     "mathverse_testmini_reasoning": Task(
         "CaraJ/MathVerse-lmmseval testmini", "mathverse/testmini",
-        ask(p.THINK + "{question}", group="problem_version", kw=in_picture), "math", 2048),
+        ask(p.THINK + "{question}", group="problem_version", kw=in_picture), "math", 2048, judge=True),
     "mathvista_testmini_cot_reasoning": Task(
         "AI4Math/MathVista testmini", "mathvista/testmini",
         ask(p.THINK + "{asked}", gold=by_text, image="decoded_image", options=lambda r: r["choices"] or None, id="pid",
-            group="question_type", more=mathvista), "math", 2048),
+            group="question_type", more=mathvista), "math", 2048, judge=True),
     "wemath_testmini_reasoning": Task(
         "We-Math/We-Math testmini", "wemath/testmini",
         ask(p.THINK + "{question}\n{option}", gold=by_letter, image="image_path", group="knowledge concept",
-            cluster="ID", extra=("key",)), "choice", 2048, {"labels": "ABCDEFG"}, aggregate="wemath"),
+            cluster="ID", extra=("key",)), "choice", 2048, {"labels": "ABCDEFG"}, aggregate="wemath",
+        judge=True),
 
     # ---- vision and language: science
     "scienceqa": Task("lmms-lab/ScienceQA, ScienceQA-FULL, test", "scienceqa/ScienceQA-FULL/test scienceqa/test",
@@ -179,9 +182,9 @@ TASKS = {
     "rxnbench_vqa_zh": Task("UniParser/RxnBench, RxnBench-VQA, zh", "rxnbench/zh",
                             ask(p.RXN_ZH, options="choices", gold=by_index, group="question_type"), "choice", 10),
     "MolParse": Task("InnovatorLab/MolParse test", "molparse/test",
-                     ask("{images}{question}", image="images", scorer=open_kind, kw=open_kw), "exact", 256),
+                     ask("{images}{question}", image="images", scorer=open_kind, kw=open_kw), "exact", 256, judge=True),
     "OpenRxn": Task("InnovatorLab/OpenRxn test", "openrxn/test",
-                    ask("{images}{question}", scorer=open_kind, kw=open_kw), "exact", 256),
+                    ask("{images}{question}", scorer=open_kind, kw=open_kw), "exact", 256, judge=True),
     "EMVista": Task("InnovatorLab/EMVista test", "emvista/test",
                     ask("{images}{problem}\n" + p.DIRECT, gold=by_letter), "choice", 256, {"labels": "ABCD"}),
     "superchem": Task("ZehuaZhao/SUPERChem", "superchem/train superchem/test", superchem("en", p.SUPERCHEM),
@@ -192,8 +195,10 @@ TASKS = {
                            ask(p.PROTEIN, gold=digit, options=lambda r: bare(r["options"]),
                                more=listed(field="options"),
                                kw=lambda r, gold: {"labels": "123456789"[:len(r["options"])]}), "choice", 32),
-    "sfe-en": Task("PrismaX/SFE, 20250611-en, test, and its images", "sfe/en sfe/*-en/test", sfe, "choice", 1024),
-    "sfe-zh": Task("PrismaX/SFE, 20250611-zh, test, and its images", "sfe/zh sfe/*-zh/test", sfe, "choice", 1024),
+    "sfe-en": Task("PrismaX/SFE, 20250611-en, test, and its images", "sfe/en sfe/*-en/test", sfe, "choice", 1024,
+                   judge=True),
+    "sfe-zh": Task("PrismaX/SFE, 20250611-zh, test, and its images", "sfe/zh sfe/*-zh/test", sfe, "choice", 1024,
+                   judge=True),
     "microvqa": Task("jmhb/microvqa test", "microvqa/test",
                      ask(p.MICRO, "correct_index", by_index, image="images_list", options="choices",
                          mark="  ({}): {}"), "choice", 4096),

@@ -6,8 +6,10 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -427,6 +429,45 @@ def test_absent_data_and_user_errors(checkpoint, world, tmp_path, monkeypatch, c
                            "not found")):
         with pytest.raises((AssertionError, common.UserError), match=message):
             run_here(monkeypatch, *args)
+
+
+def test_a_judge_decides_where_rules_read_nothing(checkpoint, world, tmp_path, monkeypatch, asked, capsys):
+    """An OpenAI-compatible server says CORRECT to every second request; then there is none."""
+    said = []
+
+    class Server(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            said.append(body["messages"][0]["content"])
+            reply = {"choices": [{"message": {"content": ("CORRECT", "WRONG")[len(said) % 2]}}]}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(reply).encode())
+
+        def log_message(self, *args):
+            pass
+    monkeypatch.setitem(tasks.TASKS, "toy", replace(tasks.TASKS["toy"], judge=True))
+    server = HTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    args = (*COMMON, "--data-root", world, "--out", tmp_path, "--judge", f"http://127.0.0.1:{server.server_port}/v1",
+            "--judge-model", "any")
+    def found(): return json.loads((tmp_path / "results.json").read_text())["results"]["toy"]
+    run_here(monkeypatch, checkpoint, *args)
+    rows, n = read_lines(tmp_path / "samples_toy.jsonl"), len(said)
+    assert n > 3 and "<right>" in said[0]
+    right = [r["numbers"]["acc"] == 1.0 for r in rows if r["judge"] == ["judge"]]
+    assert len(right) == n and sum(right) == n // 2 and found()["judged"] == n / 11 and found()["judge_failed"] == 0
+    again = (tmp_path / "samples_toy.jsonl").read_bytes()
+    run_here(monkeypatch, "--rescore", *args)  # verdicts are kept
+    assert (tmp_path / "samples_toy.jsonl").read_bytes() == again and len(said) == n
+    server.shutdown()
+    shutil.rmtree(tmp_path / "judge")
+    capsys.readouterr()
+    run_here(monkeypatch, "--rescore", *args[:-4], "--judge", "http://127.0.0.1:9/v1", "--judge-model", "any")
+    assert found()["judged"] == 0 and found()["judge_failed"] == n
+    assert f"toy: the judge did not decide on {n} responses, the rule did: rule, no judge" in capsys.readouterr().out
+    run_here(monkeypatch, "--rescore", *args[:-4])
+    assert "judged" not in found() and found()["acc,none"] == 0 and sum(asked) == 11
 
 
 def test_a_missing_library_loses_no_response(checkpoint, world, tmp_path, monkeypatch, asked, capsys):
