@@ -302,8 +302,10 @@ def rl(c: RL) -> None:
         steps = np.diff(x.pop("marks"))[-batches:] / c.updates
         peak = torch.cuda.max_memory_allocated(device) / 2 ** 30 if device.type == "cuda" else 0.0
         step, speed = float(np.median(steps)), tokens / c.updates / float(np.median(steps))
-        return x | {"step_s": step, "min_s": min(steps), "max_s": max(steps), "tok_s": speed, "peak_gb": peak, "row":
-                    f"{x['micro']} | {step:.3f} s ({min(steps):.3f} to {max(steps):.3f}) | {speed:,.0f} | {peak:.1f} |"}
+        row = f"{x['micro']} | {step:.3f} s ({min(steps):.3f} to {max(steps):.3f}) | {speed:,.0f} | {peak:.1f} |"
+        print(f"| {'TRL' if args else 'ours'}, {batches} batches | {row}", flush=True)  # a run may be cut short
+        return x | {"step_s": step, "min_s": min(steps), "max_s": max(steps), "tok_s": speed, "peak_gb": peak}
+    print("| trainer | micro-batches | an optimizer step (min to max) | real tok/s | peak GiB |\n|---|---|---|---|---|")
     ours, theirs, tried = measure(rl_ours, c.batches), None, []
     dist.destroy_process_group()
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -316,23 +318,17 @@ def rl(c: RL) -> None:
         except Exception as e:  # one that does not fit or does not run must not cost the others' figures
             print(f"TRL, {how[1]} sequences{', Liger' if how[2] else ''}: {type(e).__name__}: {str(e)[:200]}")
     if importlib.util.find_spec("trl"):
-        for micro in c.micro:
+        for micro in c.micro if len(c.micro) > 1 else ():
             attempt(1, micro, False)
-        print("TRL, a step of one batch:", ", ".join(f"{x['micro']} {x['step_s']:.3f} s" for x in tried))
         fastest = min(tried, key=lambda x: x["step_s"], default={"sequences": c.micro[0]})["sequences"]
         tried.clear()
         attempt(c.batches, fastest, False)
         if device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
             attempt(c.batches, fastest, True)  # NOTE last: it patches Transformers' classes for good
-        print(*(f"TRL, {x['micro']}: a step {x['step_s']:.3f} s" for x in tried), sep="\n")
         theirs = min(tried, key=lambda x: x["step_s"], default=None)
-    print("| trainer | micro-batches | an optimizer step (min to max) | real tok/s | peak GiB |")
-    print("|---|---|---|---|---|")
-    print(f"| ours | {ours['row']}")
     result = {"config": asdict(c), "commit": common.commit(), "tokens": tokens, "ours": ours, "trl": theirs}
     if theirs:
         result["ratio"] = theirs["tok_s"] / ours["tok_s"]
-        print(f"| TRL | {theirs['row']}")
         print(f"time a real token, ours / TRL: {result['ratio']:.3f}")
         if len(theirs["logp"]):
             gap = (ours["logp"] - theirs["logp"]).abs()
@@ -344,7 +340,7 @@ def rl(c: RL) -> None:
         print("trl is not installed, nothing to compare with: pip install trl==1.16.0")
     shutil.rmtree(folder)
     for x in filter(None, (ours, theirs)):
-        del x["logp"], x["row"]
+        del x["logp"]
     print(json.dumps(result))
 
 

@@ -515,7 +515,7 @@ ARC = ("--tasks", "arc_easy", "--shots", "2", "--batch", "4", "--device", "cpu")
 
 
 def test_log_likelihoods_equal_unpacked_ones(checkpoint, arc, tmp_path, monkeypatch):
-    """Options of one token are read from the context's last row, the others branch off it; both as model.logits has them."""
+    """Options of one token are read from the context's last row, the others branch off it: as model.logits has them."""
     run_here(monkeypatch, checkpoint, *ARC, "--data-root", arc, "--out", tmp_path)
     model, tok = Innovator.from_pretrained(checkpoint), Tokenizer(checkpoint)
     rows, counts = read_lines(tmp_path / "samples_arc_easy.jsonl"), set()
