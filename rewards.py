@@ -723,11 +723,13 @@ class Verifiers:
         self.replaced += 1
         return process.wait()
 
-    def score_many(self, items: list[dict], timeout: float = 30) -> list[Result]:
-        """items: the arguments of reward. timeout: seconds for one item. The order of the results is the items'."""
+    def score_many(self, items: list[dict], timeout: float = 30, between=lambda: None) -> list[Result]:
+        """items: the arguments of reward. timeout: seconds for one item. between() is called while they are waited for.
+        The order of the results is the items'."""
         results, waiting, busy = [None] * len(items), list(reversed(range(len(items)))), {}
         try:
             while waiting or busy:
+                between()
                 for k in range(len(self.workers)):
                     if waiting and k not in busy:
                         if self.workers[k][0].poll() is not None:  # killed between two calls

@@ -281,13 +281,13 @@ def roll_out(c, engine, drawn: list, tok: Tokenizer, seed: int, between=lambda: 
     return out
 
 
-def verify(c, verifiers: rewards.Verifiers, responses: list[Response], drawn: list) -> None:
+def verify(c, verifiers: rewards.Verifiers, responses: list[Response], drawn: list, between=lambda: None) -> None:
     """Fills in rewards: 0.1 format + 0.9 accuracy, less the punishment of overlong responses. A response whose verifier
     raised or ran out of time, or that the engine spoilt, gets the mean of the others of its group, carries no loss and
     is counted."""
     items = [dict(response=r.text, gold=drawn[r.prompt][0]["answer"], answer_type=drawn[r.prompt][0]["answer_type"])
              for r in responses]
-    for r, result in zip(responses, verifiers.score_many(items, c.verify_seconds)):
+    for r, result in zip(responses, verifiers.score_many(items, c.verify_seconds, between)):
         r.error, r.accuracy = r.error or result.error or "", result.accuracy or 0.0
         r.reward = (result.reward or 0.0) + overlong_punishment(len(r.engine), c.max_new_tokens, c.overlong)
     for start in range(0, len(responses), c.group):
@@ -477,7 +477,7 @@ def collect(c: Config, engine, prompts: Prompts, verifiers, cursor: int, step: i
         if responses and spoilt == len(responses):
             raise UserError(f"{NOT_FINITE} in all {spoilt} responses of step {step + 1}: the weights or the engine's "
                             "precision are broken; go on from the last checkpoint with --resume")
-        verify(c, verifiers, responses, drawn)
+        verify(c, verifiers, responses, drawn, between)
         counts["responses"] += len(responses)
         for k, (row, _) in enumerate(drawn):
             own = responses[k * c.group:(k + 1) * c.group]
