@@ -235,10 +235,14 @@ def efficiency(runs: list[Run]) -> str:
     grey = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "text.color"), "#808890")
     with plt.rc_context(grey | {"svg.hashsalt": "report", "font.size": 9}):
         fig, ax = plt.subplots(figsize=(8.5, 5), constrained_layout=True)
+        lengths = [p[1] for own in points.values() for p in own]
+        middle = (max(lengths) * min(lengths)) ** 0.5
         for task, own in points.items():
             ax.plot(*zip(*[p[1:] for p in own]), color="#808890", linewidth=0.7, zorder=1)
             if len(points) <= 40:  # more names than that hide the points
-                ax.annotate(plain(task), own[-1][1:], (5, 4), textcoords="offset points", fontsize=7)
+                right = own[-1][1] > middle  # its name goes to the left of it
+                ax.annotate(plain(task), own[-1][1:], (-5 if right else 5, 4), ha="right" if right else "left",
+                            textcoords="offset points", fontsize=7)
         for k, run in enumerate(runs):
             own = [p[1:] for every in points.values() for p in every if p[0] == k]
             ax.scatter(*zip(*own or [((), ())]), s=30, label=plain(run.name), color=COLOURS[k % len(COLOURS)])
