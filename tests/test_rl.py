@@ -261,7 +261,7 @@ class Spread:
     def __init__(self, n):
         pass
 
-    def score_many(self, items, timeout):
+    def score_many(self, items, timeout, between=None):
         return [rewards.Result(x, x, 0.0, "") for x in (sum(map(ord, i["response"])) % 5 / 4 for i in items)]
 
     def __enter__(self):

@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 from conftest import ROOT, launch
-from test_rl import Spread, arguments, policy, quick, rows  # noqa: F401 (fixtures)
+from test_rl import Spread, arguments, leave_group, policy, quick, rows  # noqa: F401 (fixtures)
 from test_train import assert_same_state, state
 from test_upcycle import here
 
@@ -33,7 +33,9 @@ def run(policy, toy, tmp_path, quick, capfd):  # noqa: F811
     def go(*args):
         code = here(train_rl, *arguments(policy, toy, tmp_path / "x", "--recipe", "grpo", "--save-every", 1, *args))
         return code, capfd.readouterr().err
-    return go
+    yield go
+    if torch.distributed.is_initialized():  # one failure stays one
+        leave_group()
 
 
 def one_line(err: str) -> str:
@@ -45,25 +47,35 @@ def one_line(err: str) -> str:
 def test_vllm_that_raises_ends_in_one_line(run, tmp_path, monkeypatch):
     """The second batch runs out of memory: the error in one line, its traceback in a file, step 1 saved."""
     class Vllm:
-        """The parts of vllm.LLM that VllmEngine.generate touches."""
-        calls, llm_engine = 0, types.SimpleNamespace(step=lambda: None)
+        """The parts of vllm's LLMEngine that VllmEngine.stream touches: every request ends in one step."""
+        waiting, calls = {}, 0
 
-        def generate(self, prompts, params, use_tqdm):
+        def add_request(self, name, prompt, params):
+            self.waiting[name] = params.n
+
+        def step(self):
             self.calls += 1
             if self.calls == 2:
                 raise RuntimeError("CUDA out of memory")
-            at = {k: types.SimpleNamespace(logprob=-1.0) for k in range(99)}
-            return [types.SimpleNamespace(outputs=[
+            at, done = {k: types.SimpleNamespace(logprob=-1.0) for k in range(99)}, dict(self.waiting)
+            self.waiting.clear()
+            return [types.SimpleNamespace(request_id=name, finished=True, outputs=[
                 types.SimpleNamespace(index=k, token_ids=[20 + k, 30 - k], logprobs=[at, at], routed_experts=None)
-                for k in reversed(range(params.n))]) for _ in prompts]
+                for k in reversed(range(n))]) for name, n in done.items()]
+
+        def abort_request(self, names):
+            self.waiting.clear()
 
     def make(c, config, dtype, device, out):
         engine = engines.VllmEngine.__new__(engines.VllmEngine)
-        engine.llm, engine.eyes, engine.group, engine.experts, engine.out = Vllm(), None, None, False, out
-        engine.device, engine.version, engine._prompts = device, 0, lambda docs: [{} for _ in docs]
+        engine.llm = types.SimpleNamespace(llm_engine=Vllm())
+        engine.eyes, engine.group, engine.experts, engine.out = None, None, False, out
+        engine.device, engine.version, engine._inputs, engine.waking = device, 0, lambda docs: [{} for _ in docs], 0.0
         engine.load, engine.close = lambda named: None, lambda: None
         return engine
     monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(SamplingParams=types.SimpleNamespace))
+    monkeypatch.setitem(sys.modules, "vllm.sampling_params", types.SimpleNamespace(
+        RequestOutputKind=types.SimpleNamespace(CUMULATIVE=0, FINAL_ONLY=2)))
     monkeypatch.setattr(train_rl, "make_engine", make)
     code, err = run("--steps", 3)
     file = tmp_path / "x" / "engine_error.rank_0.txt"
@@ -132,7 +144,7 @@ def _reward('''))
 
 def test_groups_without_spread(run, tmp_path, monkeypatch):
     """All rewards equal. Without refill: counted, loss 0. With it: three rounds of four prompts, no update, go on."""
-    monkeypatch.setattr(Spread, "score_many", lambda _, items, timeout: [
+    monkeypatch.setattr(Spread, "score_many", lambda _, items, timeout, between: [
         rewards.Result(1.0, 1.0, 1.0, "") for _ in items])
     code, err = run("--steps", 1, "--weight-decay", 0)
     assert code == 0, err
