@@ -53,8 +53,8 @@ from common import UserError, is_rank0, print0, rank, world
 from data import BadRow, Doc, Tokenizer, encode
 from kernels.attention import Branches
 from model import Innovator, Pack, _chunks, checkpoint_folder, config_of, gathered, load_weights, weight_files
-from results import (LOWER_IS_BETTER, answered, ask_judge, digest, graded, group_results, metrics, prompt_hash, summary,
-                     tables)
+from results import (LOWER_IS_BETTER, NO_LABEL, answered, ask_judge, digest, graded, group_results, metrics,
+                     prompt_hash, summary, tables)
 from rewards import Judge
 from tasks import GROUPS, TASKS, Task, documents, expand, missing
 
@@ -103,6 +103,8 @@ class Config:
         assert re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device), \
             f"--device {self.device}: give auto, cpu, cuda or cuda:N"
         assert 0 < self.engine_memory < 1, f"--engine-memory {self.engine_memory} is a share between 0 and 1"
+        assert self.temperature >= 0 or self.temperature == -1, f"--temperature {self.temperature} must not be negative"
+        assert self.shots >= -1, f"--shots {self.shots} must not be negative"
         for name in ("limit", "max_new_tokens", "min_pixels", "max_pixels", "repeats", "context"):
             assert getattr(self, name) >= 0, f"{name} {getattr(self, name)} must not be negative"
         assert bool(self.judge) == bool(self.judge_model), "--judge and --judge-model belong together"
@@ -111,6 +113,7 @@ class Config:
             found = re.fullmatch(r"([^:]+):(\d+(?:,\d+)*)", given)
             assert found, f"--samples {given}: give TASK:0,3"
             self.only |= {name: [int(i) for i in found[2].split(",")] for name in expand([found[1]])}
+        assert not self.show or len(expand([self.show])) == 1, f"--show {self.show} is a group: give one task"
         names = [*TASKS] if self.tasks == ["all"] else expand(self.tasks + [self.show] * bool(self.show))
         self.tasks = list(dict.fromkeys([*names, *self.only]))
 
@@ -133,7 +136,8 @@ class Config:
 # ---- documents ------------------------------------------------------------------------------------------------------
 def chosen(c: Config, name: str, docs: list[dict]) -> list[dict]:
     if name in c.only:
-        assert max(c.only[name]) < len(docs), f"--samples {name}: its documents are 0 to {len(docs) - 1}"
+        if max(c.only[name]) >= len(docs):
+            raise UserError(f"--samples {name}: its documents are 0 to {len(docs) - 1}")
         return [docs[i] for i in dict.fromkeys(c.only[name])]
     return [docs[i * len(docs) // c.limit] for i in range(c.limit)] if 0 < c.limit < len(docs) else docs
 
@@ -146,7 +150,8 @@ def deal_images(docs: list[dict]) -> None:
         if d["images"]:
             groups.setdefault((d["group"], len(d["images"])), {})[tuple(d["images"])] = None
     for (group, _), pictures in groups.items():
-        assert len(pictures) > 1, f"--shuffle-images: group {group!r} has one picture only"
+        if len(pictures) == 1:
+            raise UserError(f"--shuffle-images: group {group!r} has one picture only")
         order = [list(pictures)[k] for k in rng.permutation(len(pictures))]
         pictures.update(zip(order, order[1:] + order[:1]))
     for d in docs:
@@ -362,6 +367,14 @@ def read_ahead(read, batches):
             yield *before[:2], [f.result() for f in before[2]]
 
 
+@contextlib.contextmanager
+def writing(path: Path):
+    try:
+        yield
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}; finished responses are kept: make room and run again") from None
+
+
 def collect(name: str, docs: list[dict], keys: dict[str, str], out: Path, size: int, read, answer, wait):
     """Rows by key: answers of all documents and what else was saved; complete on rank 0 only. read(doc, decode) is what
     the model gets; answer makes of (number, [(document, that), ...]) batches lists of (document, answer), in any order.
@@ -406,13 +419,10 @@ def collect(name: str, docs: list[dict], keys: dict[str, str], out: Path, size: 
         new.clear()
         if not fresh:
             continue
-        try:
-            with open(path, "a") as f:  # begins with a new line: a killed run may have left half of one
-                f.write("\n" + "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in fresh))
-                f.flush()
-                os.fsync(f.fileno())
-        except OSError as e:
-            raise UserError(f"{path}: {e.strerror}; finished responses are kept: make room and run again") from None
+        with writing(path), open(path, "a") as f:  # begins with a new line: a killed run may have left half of one
+            f.write("\n" + "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in fresh))
+            f.flush()
+            os.fsync(f.fileno())
         bar.update(len(fresh))
     bar.close()
     wait()
@@ -425,13 +435,29 @@ def saved_answers(out: Path, name: str, every: list[dict]) -> tuple[list[dict], 
     rows = {row["id"]: row for row in map(json.loads, open(path, "rb"))}
     if unknown := sorted(rows.keys() - {d["id"] for d in every}):
         raise UserError(f"{path}: {len(unknown)} rows are not among this task's documents: {', '.join(unknown[:4])}")
-    return [d for d in every if d["id"] in rows], rows
+    asked = [d for d in every if d["id"] in rows]
+    if other := [d["id"] for d in asked if rows[d["id"]]["prompt_hash"] != prompt_hash(d)]:
+        raise UserError(f"{path}: {len(other)} documents were answered under another prompt: {', '.join(other[:4])}; "
+                        "give the --data-root of that run")
+    return asked, rows
+
+
+def saved_results(out: Path) -> dict | None:
+    path = out / "results.json"
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except ValueError:
+        raise UserError(f"{path}: damaged; delete it and run again, saved responses stay") from None
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
     tmp = path.with_name(f".{path.name}.tmp")
-    tmp.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-    os.replace(tmp, path)
+    try:
+        with writing(path):
+            tmp.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+            os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def write_samples(out: Path, name: str, done: list[dict], left: list[dict]) -> None:
@@ -483,8 +509,10 @@ def described(name: str, task: Task, metric: str, prompt: str, chat: bool) -> di
 def run(c: Config, checkpoint: str, out: Path, device: torch.device, wait, closing) -> int:
     """All tasks. -> exit code"""
     root, began = Path(c.data_root), time.perf_counter()
-    old = json.loads((out / "results.json").read_text()) if (out / "results.json").exists() else None
+    old = saved_results(out)
     if c.rescore:
+        if gone := [name for name in c.tasks if name not in old["results"]]:
+            raise UserError(f"{out / 'results.json'} has no {', '.join(gone)}: run it again, saved responses are used")
         info = {k: old[k] for k in ("checkpoint", "weights", "config")}
     else:
         folder = checkpoint_folder(checkpoint)
@@ -501,10 +529,10 @@ def run(c: Config, checkpoint: str, out: Path, device: torch.device, wait, closi
             return functools.partial(pairs_of, tok=tok, longest=longest)
         return functools.partial(prompt_of, task=task, tok=tok, config=config, longest=longest, chat=c.chat)
     if c.show:
-        name = c.tasks[-1]
+        name, = expand([c.show])
         docs, task = documents(name, root, c.task(name).shots), c.task(name)
         try:
-            show(name, chosen(c, name, docs)[0], task, reader(task), tok)
+            show(name, chosen(c, name, docs)[0], task, reader(replace(task, budget=0)), tok)
         except BadRow as e:
             raise UserError(f"{name}: its first document cannot be asked: {e}") from None
         return 0
@@ -513,24 +541,26 @@ def run(c: Config, checkpoint: str, out: Path, device: torch.device, wait, closi
                          "n-samples", "task_hashes")}
     if old and all(old.get(k) == info[k] for k in ("weights", "config")):
         r = {k: dict(old[k]) for k in r}  # other tasks stay
+    elif old and is_rank0():
+        print(f"{out / 'results.json'} held {', '.join(old['results']) or 'nothing'}, of another checkpoint or with "
+              "other settings: only their samples stay")
     judge = Judge(c.judge, c.judge_model, str(out / "judge"), os.environ.get("OPENAI_API_KEY", ""))
     if is_rank0():
         out.mkdir(parents=True, exist_ok=True)
-    lacking = {name: lack for name in c.tasks if (lack := missing(name, root, c.task(name).shots))}
+    evaluated, lacking = [], {name: lack for name in c.tasks if (lack := missing(name, root, c.task(name).shots))}
     # log-likelihoods first: model.py's weights leave the GPU before vLLM comes
     for name in sorted(set(c.tasks) - set(lacking), key=lambda n: (TASKS[n].request == "generate", c.tasks.index(n))):
         task = c.task(name)
         try:
             every = documents(name, root, task.shots, out / "images")
+            if c.shuffle_images:
+                deal_images(every)
+            asked, rows = saved_answers(out, name, every) if c.rescore else (chosen(c, name, every), None)
         except UserError as e:
             lacking[name] = str(e)
             continue
-        if c.shuffle_images:
-            deal_images(every)
-        if c.rescore:
-            asked, rows, left = *saved_answers(out, name, every), []
-        else:
-            asked = chosen(c, name, every)
+        left = []
+        if not c.rescore:
             if not c.resume and is_rank0():
                 for path in [out / f"samples_{name}.jsonl", *out.glob(f"responses_{name}.rank*.jsonl")]:
                     path.unlink(missing_ok=True)
@@ -555,7 +585,11 @@ def run(c: Config, checkpoint: str, out: Path, device: torch.device, wait, closi
             lacking[name] = f"{name}: {e}; its responses are kept: run again afterwards"
             continue
         write_samples(out, name, done, left)
-        print_errors(name, [s for s in done if s["error"] is not None])
+        print_errors(name, [s for s in done if s["error"] not in (None, NO_LABEL)])
+        if unlabelled := sum(s["error"] == NO_LABEL for s in done):
+            print(f"{name}: the right answers to {unlabelled} documents are not published; the responses are in "
+                  f"samples_{name}.jsonl")
+        evaluated.append(name)
         if failed := result.get("judge_failed"):
             print(f"{name}: the judge did not decide on {failed} responses, the rule did: "
                   f"{next(w for s in done for w in s['judge'] if 'no judge' in w)}; --rescore asks again")
@@ -569,25 +603,32 @@ def run(c: Config, checkpoint: str, out: Path, device: torch.device, wait, closi
                 prompt = shown(reader(task)(asked[0], decode=False), tok)
             except BadRow as e:
                 prompt = f"error: {e}"
-            r["configs"][name] = described(name, task, metrics(r["results"][name])[0], prompt, c.chat)
+            chat = bool(asked[0]["messages"]) or c.chat and task.request == "generate"
+            r["configs"][name] = described(name, task, metrics(r["results"][name])[0], prompt, chat)
 
-    if is_rank0():
+    if is_rank0() and evaluated:
         r = {k: {n: v[n] for n in TASKS if n in v} for k, v in r.items()}  # in the table's order
         r["groups"] = group_results(r["results"])
-        r["group_subtasks"] = {g: list(GROUPS[g].members) for g in r["groups"]}
+        r["group_subtasks"] = {g: list(GROUPS[x["alias"]].members) for g, x in r["groups"].items()}
         stamp = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "git_hash": common.commit(),
                  "total_evaluation_time_seconds": round(time.perf_counter() - began, 1)}
-        common.write_json(out / "results.json", r | info | {"root": str(root)} |
-                          ({k: old[k] for k in stamp} if c.rescore else stamp))
         text = tables(r, c.published)
-        (out / "results.md").write_text(text)
+        with writing(out / "results.json"):
+            common.write_json(out / "results.json", r | info | {"root": str(root)} |
+                              ({k: old[k] for k in stamp} if c.rescore else stamp))
+            (out / "results.md").write_text(text)
         print(f"\n{text}")
         if c.limit or c.samples:
             print("a part of the documents only: these are no scores to report")
+        for g in GROUPS:
+            names = expand([g])
+            if set(names) <= set(c.tasks) and not any(x["alias"] == g for x in r["groups"].values()):
+                print(f"no average of {g}: {', '.join(n for n in names if n not in evaluated)} without a score")
+    if is_rank0():
         for lack in lacking.values():
             print(f"not evaluated: {lack}")
         print(f"wrote {out / 'results.json'}, results.md, samples_TASK.jsonl\nnext: python chat.py "
-              f"{checkpoint or 'CHECKPOINT'}", flush=True)
+              f"{checkpoint or 'CHECKPOINT'}" if evaluated else "nothing was evaluated", flush=True)
     wait()  # a failing exit code ends all processes, and vLLM takes the process group with it: rank 0 must have written
     return 3 if lacking else int(any(r["results"][n]["errors"] == 1 for n in c.tasks if n in r["results"]))
 
@@ -606,7 +647,7 @@ def main() -> None:
     if c.rescore:
         if not (out / "results.json").exists():
             raise UserError(f"{out / 'results.json'}: not found; --rescore needs the --out of a finished evaluation")
-        old = json.loads((out / "results.json").read_text())
+        old = saved_results(out)
         c = Config(**{k: getattr(c, k) for k in FREE} | old["config"] | {"tasks": c.tasks or [*old["results"]]})
     assert c.tasks, "say what to evaluate: --tasks with names or groups of --list, or all"
     device = (common.init_distributed() if "RANK" in os.environ else

@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 import rewards
 import scorers
-from tasks import GROUPS, Task, average, published
+from tasks import GROUPS, Task, average, expand, published
 
+NO_LABEL = "the right answer is not published"
 LOWER_IS_BETTER = ("rmse", "corpus_levenshtein")  # levenshtein of a molecule is a similarity
 
 
@@ -38,7 +39,7 @@ def graded(doc: dict, row: dict) -> tuple[dict, list[dict]]:
     names = ["acc", "acc_norm"] if doc["scorer"] == "likelihood" else list(scorers.SCORERS[doc["scorer"]][1])
     each = [dict.fromkeys(sorted(names, key=lambda name: name != doc["metric"]))]
     if not error and doc["gold"] is None:
-        error = "the right answer is not published"
+        error = NO_LABEL
     if not error and doc["pairs"]:
         right = doc["gold"] if isinstance(doc["gold"], list) else [doc["gold"]]
         sums = [logp for logp, *_ in row["loglikelihood"]]
@@ -122,7 +123,7 @@ def summary(name: str, task: Task, docs: list[dict], rows: list[dict], each: lis
     for other in list(rows[0]["numbers"])[1:]:
         if all(other in r["numbers"] for r in rows):
             found[other] = scorers.mean([r["numbers"][other] for r in rows])
-    if all(r["gold"] is None for r in rows):
+    if unlabelled := all(r["gold"] is None for r in rows):
         found = {m: {"value": None, "stderr": None} for m in found}
     responses = [r for row in rows for r in row["responses"]]
     def share(hits, of): return sum(hits) / len(of) if of else 0.0
@@ -135,7 +136,7 @@ def summary(name: str, task: Task, docs: list[dict], rows: list[dict], each: lis
                               for kind, key in (("", "value"), ("_stderr", "stderr"))} \
         | {"unparsed": share((next(iter(e.values())) is None for e in fine), fine),
            "truncated": share((r["truncated"] for r in responses), responses),
-           "errors": share((r["error"] is not None for r in rows), rows),
+           "errors": share((r["error"] not in (None, NO_LABEL if unlabelled else None) for r in rows), rows),
            "length": share((r["tokens"] for r in responses), responses),
            "chance": share((d["chance"] for d in docs), docs), "n": len(rows),
            **({"judged": share((w == "judge" for w in who), who), "judge_failed": sum("no judge" in w for w in who)}
@@ -156,16 +157,18 @@ def main_number(result: dict) -> tuple[str, float | None, float | None]:
 
 
 def group_results(results: dict[str, dict]) -> dict[str, dict]:
-    """Groups whose members all have scores. stderr: with the weights of the average."""
+    """Groups whose members all have scores, or were answered and have no published right answers: these are left out,
+    and the group's name says so. stderr: with the weights of the average."""
     scores = {name: main_number(r)[1] for name, r in results.items() if main_number(r)[1] is not None}
-    sizes, groups = {name: r["n"] for name, r in results.items()}, {}
+    sizes, groups, blank = {name: r["n"] for name, r in results.items()}, {}, results.keys() - scores
     for g in GROUPS:
-        if (value := average(g, scores, sizes)) is not None:
-            share = {t: average(g, {s: float(s == t) for s in scores}, sizes) for t in scores}
+        if (value := average(g, scores, sizes, blank)) is not None:
+            share = {t: average(g, {s: float(s == t) for s in scores}, sizes, blank) for t in scores}
             parts = [(w, main_number(results[t])[2]) for t, w in share.items() if w]
             spread = None if any(e is None for _, e in parts) else sum((w * e) ** 2 for w, e in parts) ** 0.5
-            groups[g] = {"alias": g, "score,none": value, "score_stderr,none": spread,
-                         "n": sum(sizes[t] for t, w in share.items() if w)}
+            out = f" (without {', '.join(sorted(left))})" if (left := blank & set(expand([g]))) else ""
+            groups[g + out] = {"alias": g, "score,none": value, "score_stderr,none": spread,
+                               "n": sum(sizes[t] for t, w in share.items() if w)}
     return groups
 
 

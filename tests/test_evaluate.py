@@ -278,7 +278,10 @@ def test_scores_and_table(tokenizer, world, tmp_path, monkeypatch, capsys):
                                      "<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_rescore_is_idempotent_and_reads_changed_answers(tokenizer, world, tmp_path, monkeypatch):
+def test_rescore_is_idempotent_and_reads_changed_answers(tokenizer, world, tmp_path, monkeypatch, capsys):
+    rows = [r | {"answer": "5", "options": None, "answer_type": "number"}
+            for r in read_lines(world / "heldout/toy.jsonl")]
+    write_rows(world, rows)
     four = save(tokenizer, tmp_path / "four", says="4")
     run_here(monkeypatch, four, *COMMON, "--data-root", world)
     before, results = final(four / "eval"), (four / "eval/results.json").read_bytes()
@@ -286,10 +289,20 @@ def test_rescore_is_idempotent_and_reads_changed_answers(tokenizer, world, tmp_p
     for _ in range(2):
         run_here(monkeypatch, four, "--tasks", "toy", "--data-root", world, "--rescore")
         assert final(four / "eval") == before and (four / "eval/results.json").read_bytes() == results
-    write_rows(world, [r | {"answer": "4", "options": None, "answer_type": "number"}
-                       for r in read_lines(world / "heldout/toy.jsonl")])
+    write_rows(world, [r | {"answer": "4"} for r in rows])
     run_here(monkeypatch, "--data-root", world, "--rescore", "--out", four / "eval")
     assert final(four / "eval")[1]["results"]["toy"]["acc,none"] == 1
+    before = final(four / "eval")
+    write_rows(world, [r | {"id": other["id"]} for r, other in zip(rows, rows[::-1])])
+    with pytest.raises(SystemExit) as e:
+        run_here(monkeypatch, "--data-root", world, "--rescore", "--out", four / "eval")
+    assert e.value.code == 3 and "documents were answered under another prompt" in capsys.readouterr().out
+    assert final(four / "eval") == before
+    with pytest.raises(common.UserError, match="has no bbh: run it again"):
+        run_here(monkeypatch, "--data-root", world, "--rescore", "--out", four / "eval", "--tasks", "bbh")
+    (four / "eval/results.json").write_text('{"results": {"to')
+    with pytest.raises(common.UserError, match="results.json: damaged"):
+        run_here(monkeypatch, "--data-root", world, "--rescore", "--out", four / "eval")
 
 
 def test_batches_and_resume(checkpoint, world, tmp_path, monkeypatch, asked):
@@ -421,7 +434,9 @@ def test_absent_data_and_user_errors(checkpoint, world, tmp_path, monkeypatch, c
     for args, message in (((checkpoint, "--tasks", "toi"), "no task or group 'toi'"),
                           ((checkpoint,), "say what to evaluate"),
                           (("--tasks", "toy"), "usage:"), ((checkpoint, "--samples", "toy"), "give TASK:0,3"),
-                          ((checkpoint, *COMMON, "--data-root", world, "--samples", "toy:11"), "are 0 to 10"),
+                          ((checkpoint, *COMMON, "--temperature", "-0.5"), "temperature -0.5"),
+                          ((checkpoint, *COMMON, "--shots", "-3"), "shots -3"),
+                          ((checkpoint, "--show", "text"), "--show text is a group"),
                           ((checkpoint, *COMMON, "--data-root", world, "--repeats", "2"),
                            "greedy responses are all the same"),
                           ((tmp_path / "nothing", *COMMON, "--data-root", world), "not found"),
@@ -429,6 +444,46 @@ def test_absent_data_and_user_errors(checkpoint, world, tmp_path, monkeypatch, c
                            "not found")):
         with pytest.raises((AssertionError, common.UserError), match=message):
             run_here(monkeypatch, *args)
+
+
+def test_documents_that_are_not_there_cost_no_other_task(checkpoint, world, arc, tmp_path, monkeypatch, capsys):
+    shutil.copytree(arc, tmp_path / "both")
+    shutil.copytree(world, tmp_path / "both", dirs_exist_ok=True)
+    args = (checkpoint, *COMMON[2:], "--tasks", "toy", "arc_easy", "--data-root", tmp_path / "both", "--shots", "1",
+            "--out", tmp_path / "out")
+    with pytest.raises(SystemExit) as e:
+        run_here(monkeypatch, *args, "--samples", "toy:11")
+    printed = capsys.readouterr().out
+    assert e.value.code == 3 and "not evaluated: --samples toy: its documents are 0 to 10" in printed
+    def found(): return list(json.loads((tmp_path / "out/results.json").read_text())["results"])
+    assert found() == ["arc_easy"]
+    run_here(monkeypatch, *args)  # of other settings: said, not mixed
+    assert "held arc_easy, of another checkpoint or with other settings" in capsys.readouterr().out
+    assert found() == ["toy", "arc_easy"]
+    before = (tmp_path / "out/results.json").read_bytes()
+    with pytest.raises(SystemExit) as e:
+        run_here(monkeypatch, checkpoint, *COMMON[2:], "--tasks", "bbh", "--data-root", world, "--out", tmp_path / "out")
+    assert e.value.code == 3 and "nothing was evaluated" in capsys.readouterr().out
+    assert (tmp_path / "out/results.json").read_bytes() == before
+
+
+def test_unpublished_answers_are_no_errors(checkpoint, world, tmp_path, monkeypatch, capsys):
+    """Such a task ends well, has no score, and an average of the others says that it is left out."""
+    write_rows(world, [r | {"answer": None} for r in read_lines(world / "heldout/toy.jsonl")])
+    def toy(row, i): return tasks.TASKS["toy"].load(row | {"answer": "x", "options": None}, i) | {"gold": None}
+    monkeypatch.setitem(tasks.TASKS, "mmbench_en_test", replace(tasks.TASKS["toy"], load=toy))
+    run_here(monkeypatch, checkpoint, *COMMON[2:], "--tasks", "mmbench_en_test", "--data-root", world,
+             "--out", tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "the right answers to 11 documents are not published" in printed and "error:" not in printed
+    result = json.loads((tmp_path / "out/results.json").read_text())["results"]["mmbench_en_test"]
+    assert result["errors"] == 0 and result["acc,none"] is None
+    scored = {name: {"acc,none": 0.5, "acc_stderr,none": 0.1, "n": 4} for name in tasks.GROUPS["general"].members}
+    assert numbers.group_results(scored)["general"]["score,none"] == 0.5
+    scored["mmbench_en_test"] = result
+    found = numbers.group_results(scored)
+    assert "general" not in found and found["general (without mmbench_en_test)"]["score,none"] == 0.5
+    assert found["general (without mmbench_en_test)"]["n"] == 4 * (len(tasks.GROUPS["general"].members) - 1)
 
 
 def test_a_judge_decides_where_rules_read_nothing(checkpoint, world, tmp_path, monkeypatch, asked, capsys):
