@@ -749,7 +749,7 @@ class Verifiers:
                         results[busy[k][0]] = Result(None, None, 0.0, None, f"the verifier died (exit code {code})")
                     del busy[k]
                 for k, (i, end) in list(busy.items()):
-                    if time.monotonic() > end:
+                    if time.monotonic() > end and not self.workers[k][1].poll():  # its result may wait to be read
                         self._replace(k)
                         results[i] = Result(None, None, 0.0, None, f"no result within {timeout:g} s")
                         del busy[k]
