@@ -231,7 +231,7 @@ def whole_number(text: str) -> re.Match | None:
     before, _, plain = re.sub(r"^[A-Za-z](?:\([a-z]\))?\s*=", "=", plain_numbers(text)).rpartition("=")
     if re.search(r"[A-Za-z]", re.sub(r"\\[a-z]+", "", before)):
         return None
-    plain = re.sub(r"^\((.*)\)$", r"\1", plain.strip(" .")).strip()
+    plain = re.sub(r"^\((.*)\)$", r"\1", plain.strip().rstrip(" .")).strip()
     m = NUMBER.match(plain)
     unit = m and re.fullmatch(r"|[ckmn]m|[km]g|m[lLs]|k?Hz|eV|kJ|mol|"
                               r"\s+(?:[A-Za-zµΩ]{2,}[A-Za-zµΩ /.*-]*|[mgslhVNJWKCAF])", plain[m.end():])
@@ -239,10 +239,11 @@ def whole_number(text: str) -> re.Match | None:
 
 
 def same_value(a: re.Match, b: re.Match, rel_tol: float, abs_tol: float = 0) -> bool:
-    """Whole numbers must be equal but for abs_tol. 45% is 0.45, and 45 where the other side left the sign out."""
+    """Whole numbers must be equal but for abs_tol, unless rel_tol is above 1e-4, more than rounding needs. 45% is 0.45,
+    and 45 where the other side left the sign out."""
     (x, x_percent), (y, y_percent) = value_of(a), value_of(b)
     def close(x, y):
-        rel = Fraction(rel_tol) * max(abs(x), abs(y)) if x.denominator * y.denominator > 1 else 0
+        rel = Fraction(rel_tol) * max(abs(x), abs(y)) if rel_tol > 1e-4 or x.denominator * y.denominator > 1 else 0
         return abs(x - y) <= max(Fraction(abs_tol), rel)
     return close(x, y) or x_percent != y_percent and close(x / 100 if x_percent else x, y / 100 if y_percent else y)
 
@@ -291,7 +292,7 @@ def _squeeze(text: str) -> str:
 def _tokens(text: str) -> list[str]:
     """Words, numbers (with sign and decimals, in one spelling) and symbols, without punctuation and articles."""
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", word_numbers(text.replace("−", "-")))
-    found = re.findall(r"(?<!\S)-?\d+(?:\.\d+)?|\d+(?:\.\d+)?|[^\W\d_]+|[%<>=+~^|°]", text)
+    found = re.findall(r"(?<!\S)-?(?:\d+(?:\.\d+)?|\.\d+)|\d+(?:\.\d+)?|[^\W\d_]+|[%<>=+~^|°]", text)
     kept = [t for k, t in enumerate(found)  # a last word is no article, nor a capital A inside: "type A", "vitamin A"
             if k + 1 == len(found) or t not in ("a", "an", "the") and (k > 0 or t.lower() not in ("a", "an", "the"))]
     return [str(Fraction(t)) if t[-1].isdecimal() and len(t) < 400 else t.casefold() for t in kept]
@@ -303,14 +304,14 @@ def exact_text(response: str, gold: str) -> bool:
 
 
 def expression_equal(a: str, b: str) -> bool:
-    """Equal LaTeX but for its spacing, delimiters and the name before an equals sign."""
+    """Equal LaTeX but for its spacing, delimiters and the name before an equals sign or \\in."""
     def norm(s):
         s = re.sub(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}", r"\1", s)
-        s = re.sub(r"\\(?:left|right|displaystyle)(?![a-z])|\\[,!;: ]|[$\s~]|\^\{?\\circ\}?|°|\.$", "", s)
+        s = re.sub(r"\\(?:left|right|displaystyle)(?![a-z])|(?<!\\)\\[,!;: ]|[$\s~]|\^\{?\\circ\}?|°|\.$", "", s)
         s = re.sub(r"\\[dtc]frac", r"\\frac", s)
         s = re.sub(r"(frac|sqrt|[\^_])([A-Za-z0-9])", r"\1{\2}", s)
         s = re.sub(r"(frac\{[^{}]*\})([A-Za-z0-9])", r"\1{\2}", s)
-        return re.sub(r"^[A-Za-z](?:\([a-z]\))?=", "", s)
+        return re.sub(r"^[A-Za-z](?:\([a-z]\))?(?:=|\\in(?![a-z]))", "", s)
     return norm(a) == norm(b) or re.fullmatch(r"[A-Za-z ]+", b) is not None and text_equal(a, b)
 
 
@@ -369,6 +370,7 @@ def _split(text: str) -> list[str]:
 def _parts(text: str) -> tuple[str, list[str]] | None:
     """Brackets and elements of a tuple, interval, list or set: "(1, 2)" -> "()", ["1", "2"]; None for anything else."""
     plain = re.sub(r"\\(?:left|right)(?![a-z])|\\(?=[{}])|[\s$]", "", text[:400]).rstrip(".")
+    plain = re.sub(r"^[A-Za-z]\\in(?=[(\[][^()\[\]]*[)\]]$)", "", plain)  # x \in [1, 2]
     if re.fullmatch(r"[(\[{].*[)\]}]", plain) and len(parts := _split(plain[1:-1])) > 1:
         return plain[0] + plain[-1], parts
     parts = _split(re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", plain))
@@ -384,7 +386,11 @@ def math_equal(a: str, gold: str) -> bool:
         return want is got and algebra_equal(a, gold)
     if want[0] != got[0] or len(want[1]) != len(got[1]) or len(want[1]) > 10:
         return False
+    def name(s): return m[1] if (m := re.match(r"\s*([A-Za-z])\s*(?:=|\\in(?![a-z]))", s)) else None
+    named = None not in (names := {*map(name, want[1])}) and len(names) > 1  # x = 1, y = 2 is not x = 2, y = 1
     def same(x, y):
+        if named and name(x) not in (None, name(y)):
+            return False
         m, n = whole_number(x), whole_number(y)
         return same_value(m, n, 1e-6) if m and n else math_equal(x, y)
     if want[0] not in ("", "{}"):

@@ -46,6 +46,13 @@ def test_upstream_number_has_no_tolerance():
     assert not score("97", "100", "number", abs_tol=2) and score("19.62 m/s", "19.6 m/s", "number", abs_tol=0.05)
 
 
+def test_whole_numbers_within_a_tolerance_that_is_no_rounding():
+    """SciBench's 5% holds for 51 and 50, too; 1e-4 is for decimals only."""
+    def right(said, gold, rel_tol=1e-6): return score(f"\\boxed{{{said}}}", gold, "number", rel_tol=rel_tol)
+    assert right("51", "50", 0.05) and not right("53", "50", 0.05) and not right("51", "50")
+    assert right("1.60009", "1.6", 1e-4) and not right("1.60009", "1.6") and not right("28801", "28800", 1e-4)
+
+
 def test_upstream_math_verify_arguments_swapped(science):
     """math-verify takes an equation for its right side when it is the second argument, not when it is the first."""
     assert not score("<answer>5x - 7 = 0</answer>", "0", "math-expressions")
@@ -139,6 +146,30 @@ def test_upstream_judge_containment():
     ("\\frac{", "x+1", False), ("((1,2),(3,4))", "((1,2),(3,4.0))", True), ("(" * 3000, "x+1", False)])
 def test_math(science, response, gold, right):
     assert score(f"<answer>{response}</answer>", gold, "math-expressions") is right
+
+
+@pytest.mark.parametrize("response,gold,right", [
+    (".5", "0.5", True), (".5", "5", False), ("-.5", "-0.5", True), ("-.5", "-5", False), ("0.35625", ".35625", True),
+    ("35625", ".35625", False), ("$.5$", "0.5", True), ("5.", "5", True), ("(.5, .25)", "(0.5, 0.25)", True),
+    ("x = .5", "\\frac12", True)])
+def test_leading_decimal_point(science, response, gold, right):
+    for text in (f"\\boxed{{{response}}}", f"<answer>{response}</answer>", f"The answer is {response}."):
+        assert score(text, gold, "math-expressions") is right, text
+        assert "(" in gold or "frac" in gold or score(text, gold, "number") is right, text
+    assert score("<answer>.5</answer>", "0.5", "any") and not score("<answer>.5</answer>", "5", "any")
+
+
+@pytest.mark.parametrize("a,b,right", [
+    ("\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", True),
+    ("\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", "\\begin{pmatrix}1&2\\\\3&5\\end{pmatrix}", False),
+    ("\\begin{pmatrix} 1 \\\\, 2 \\end{pmatrix}", "\\begin{pmatrix}1 2\\end{pmatrix}", False),
+    ("x\\, y\\ z", "xyz", True), ("x \\in [-2,7]", "[-2,7]", True), ("x\\in[-2.0,7]", "[-2,7]", True),
+    ("x \\in (-2,7]", "[-2,7]", False), ("x = 1, y = 2", "y=2, x=1", True), ("x = 2, y = 1", "x=1, y=2", False),
+    ("x \\in [3,4], y \\in [1,2]", "x \\in [1,2], y \\in [3,4]", False), ("n=1, n=-1", "k=-1, k=1", True)])
+def test_spelling_of_matrices_intervals_and_names(monkeypatch, a, b, right):
+    monkeypatch.setattr(rewards, "_math_verify", lambda: None)  # by the rule alone
+    for response, gold in ((a, b), (b, a)):
+        assert score(f"\\boxed{{{response}}}", gold, "math-expressions") is right, (response, gold)
 
 
 def test_math_is_bounded(science):
