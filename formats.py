@@ -135,8 +135,10 @@ def last_box(value, options): return boxed(value)
 def after_hashes(value, options): return value.rpartition("####")[2].strip()
 
 
-def open_kind(row: dict, gold: str) -> str:
-    """Scorer of an answer in free form: yes or no, number, SMILES, or text."""
+def open_kind(row: dict, gold: str | None) -> str:
+    """Scorer of an answer in free form: yes or no, number, SMILES, or text; the task's own where there is no answer."""
+    if gold is None:
+        return ""
     if gold.lower().strip(".") in ("yes", "no"):
         return "choice"
     if re.fullmatch(r"[-+]?[\d.,]+\s*%?", gold):
@@ -145,30 +147,35 @@ def open_kind(row: dict, gold: str) -> str:
     return "molecule" if re.fullmatch(r"\S{3,}", smiles) and re.search(r"[=#()\[\]]|[A-Zcnos]{3}", smiles) else "exact"
 
 
-def open_kw(row: dict, gold: str) -> dict:
+def open_kw(row: dict, gold: str | None) -> dict:
     return YES if open_kind(row, gold) == "choice" else {}
 
 
-def in_picture(row: dict, gold: str) -> dict:
+def in_picture(row: dict, gold: str | None) -> dict:
     """Some questions have their options in the picture only."""
-    return {"labels": "ABCDE"} if re.fullmatch("[A-E]", gold) and not row.get("options") else {}
+    return {"labels": "ABCDE"} if gold and re.fullmatch("[A-E]", gold) and not row.get("options") else {}
 
 
 # ---- chat questions -------------------------------------------------------------------------------------------------
 def ask(template: str, answer: str = "answer", gold=as_text, *, image="image", options=None, mark: str = "{}. {}",
-        group=None, cluster=None, id=None, more=None, system: str = "", scorer=None, kw=None, extra=None):
+        group=None, cluster=None, id=None, more=None, system: str = "", scorer=None, kw=None, extra=None,
+        text_only: bool = False):
     """The template names fields of the row, {images}, {options}, and what `more` makes of the row.
 
     answer, gold: field, and how the right answer is made of it. image, options, group, cluster, id: a field or a
-    function of the row. scorer, kw: functions of row and gold, where they differ from row to row. extra: fields to be
-    kept.
+    function of the row. scorer, kw: functions of row and gold, where they differ from row to row; gold is None where
+    the row has no answer. extra: fields to be kept. text_only: some rows have no picture, though the template has one.
     """
     def load(row: dict, i: int) -> dict:
         shown = options_of(row, options)
         if shown == []:
             raise BadRow("no options")
-        found = image(row) if callable(image) else pictures(row, row.get(image))
+        if "{images}" in template and not callable(image) and image not in row:  # never asked without its picture
+            raise KeyError(image)
+        found = image(row) if callable(image) else pictures(row, row.get(image) or None)
         right = gold(row[answer], shown) if row[answer] not in (None, "", "nan") else None
+        if "{images}" in template and not found and not text_only:
+            raise BadRow(f"no picture: {'the field' if callable(image) else image} is empty")
         fields = {k: plain(v) for k, v in row.items()} | (more(row) if more else {})
         text = template.format_map(fields | {"images": "<image>\n" * len(found), "options": lines(shown or [], mark)})
         return document(right, text=text, system=system, images=found, options=shown, group=of(row, group),
@@ -209,6 +216,8 @@ def mmmu(post: str, open_post: str = ""):
         options = ast.literal_eval(row["options"]) if choice else None
         text = "\n".join([row["question"].strip(), *([lines(options)] if choice else [])])
         names = sorted({name.replace(" ", "_") for name in re.findall(r"<(image \d+)>", text)})
+        if empty := [name for name in names if not row[name]]:
+            raise BadRow(f"the question names {empty[0]}, which is empty")
         images = [image for name in names for image in pictures(row, row[name])]
         gold = ast.literal_eval(row["answer"]) if row["answer"].startswith("[") else row["answer"]
         return document(gold, text="<image>\n" * len(images) + f"{text}\n\n{post if choice else open_post}",

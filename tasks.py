@@ -31,20 +31,27 @@ Departures
 9. OlympicArena is text only, as in its authors' mode for text models: "[figure1]" stays. An answer is judged by its
    row's type (there: by any type that it fits). SciAssess rows about a paper need its text in sciassess/papers/DOI.txt
    (/ as _, pages parted by form feeds); a row without it counts as an error.
-10. SmolInstruct is the plain mean of its 14 subtasks, as are all groups but agieval (by size).
+10. What Qwen2.5-Math publishes (AIME24, AMC23, MATH-500, MinervaMath) is compared with its tolerance of 1e-4, but whole
+    numbers must be equal (there: these, too, have it, and the hundredth and the hundredfold of an answer count), and
+    parts of tuples and expressions are exact. OlympiadBench has the tolerance of its rows.
+11. SmolInstruct is the plain mean of its 14 subtasks, as are all groups but agieval (by size).
 
 References: Innovator-VL (arXiv 2601.19325) and its lmms-eval fork; Innovator: Scientific Continued Pretraining with
 Fine-grained MoE Upcycling; lm-evaluation-harness 0.4.13; SciAssess; OlympicArena; Qwen2.5-Math's evaluation.
 """
 import ast
 import base64
+import csv
 import functools
 import hashlib
 import os
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import pyarrow as pa
 
 import prompts as p
 from common import UserError
@@ -105,6 +112,7 @@ def boxed_math(question: str = "question", answer: str = "answer", **kw):
     return ask(f"{{{question}}}", answer, system=p.BOXED, **kw)
 
 
+QWEN = {"rel_tol": 1e-4}  # of Qwen2.5-Math's numeric_equal
 SAMPLED = dict(samples=32, temperature=0.6, top_p=0.95, aggregate="avg@k")
 MMLU_FILES = dict(columns=("question", "A", "B", "C", "D", "answer"))
 
@@ -161,7 +169,7 @@ TASKS = {
                                                  "math", 2048, judge=True),
     "mathverse_testmini_reasoning": Task(
         "CaraJ/MathVerse-lmmseval testmini", "mathverse/testmini",
-        ask(p.THINK + "{question}", group="problem_version", kw=in_picture), "math", 2048, judge=True),
+        ask(p.THINK + "{question}", group="problem_version", kw=in_picture, text_only=True), "math", 2048, judge=True),
     "mathvista_testmini_cot_reasoning": Task(
         "AI4Math/MathVista testmini", "mathvista/testmini",
         ask(p.THINK + "{asked}", gold=by_text, image="decoded_image", options=lambda r: r["choices"] or None, id="pid",
@@ -175,7 +183,8 @@ TASKS = {
     # ---- vision and language: science
     "scienceqa": Task("lmms-lab/ScienceQA, ScienceQA-FULL, test", "scienceqa/ScienceQA-FULL/test scienceqa/test",
                       ask("{images}{context}{question}\n{options}\n" + p.DIRECT, options="choices", gold=by_index,
-                          group="subject", more=lambda r: {"context": r["hint"] and f"Context: {r['hint']}\n"}),
+                          group="subject", more=lambda r: {"context": r["hint"] and f"Context: {r['hint']}\n"},
+                          text_only=True),
                       "choice", 16),
     "rxnbench_vqa_en": Task("UniParser/RxnBench, RxnBench-VQA, en", "rxnbench/en",
                             ask(p.RXN, options="choices", gold=by_index, group="question_type"), "choice", 10),
@@ -267,17 +276,19 @@ TASKS = {
     "cmath": Task("weitianwen/cmath test; github XiaoMi/cmath", "cmath/test",
                   renamed(boxed_math(group="grade"), question="input", answer="golden"), "math", 2048),
     "aime24": Task("Maxwell-Jia/AIME_2024; github QwenLM/Qwen2.5-Math", "aime24/test aime24/train",
-                   renamed(boxed_math("problem"), problem="Problem", answer="Answer"), "math", 2048, **SAMPLED),
+                   renamed(boxed_math("problem"), problem="Problem", answer="Answer"), "math", 2048, QWEN, **SAMPLED,
+                   version=2),
     "amc23": Task("github QwenLM/Qwen2.5-Math, evaluation/data/amc23", "amc23/test",
-                  renamed(boxed_math(gold=whole), question="problem"), "math", 2048, **SAMPLED),
+                  renamed(boxed_math(gold=whole), question="problem"), "math", 2048, QWEN, **SAMPLED, version=2),
     "math500": Task("HuggingFaceH4/MATH-500 test", "math500/test",
-                    boxed_math("problem", group="subject", id="unique_id"), "math", 2048),
+                    boxed_math("problem", group="subject", id="unique_id"), "math", 2048, QWEN, version=2),
     "olympiadbench": Task("github QwenLM/Qwen2.5-Math, evaluation/data/olympiadbench", "olympiadbench/test", olympiad,
                           "math", 2048),
     "minerva_math": Task("github QwenLM/Qwen2.5-Math, evaluation/data/minerva_math", "minerva_math/test",
-                         boxed_math("problem", "solution", gold=last_box, group="type"), "math", 2048),
+                         boxed_math("problem", "solution", gold=last_box, group="type"), "math", 2048, QWEN,
+                         version=2),
     "physics": Task("the paper's is private; SciBench: github mandyyyyii/scibench, dataset/original", "scibench/*.json",
-                    scibench, "math", 2048, {"rel_tol": 0.05}),
+                    scibench, "math", 2048, {"rel_tol": 0.05}, version=2),
     "chemistry": Task("the paper's is private; MoleculeNet: BBBP.csv, bace.csv, clintox.csv", "moleculenet/[Bbc]*.csv",
                       molecule_property, "choice", 2048, {"labels": ("True", "False")}, aggregate="group_mean"),
     "mol2caption": Task("the paper's is private; ChEBI-20: github blender-nlp/MolT5", "chebi20/test.txt",
@@ -387,15 +398,17 @@ def expand(names: list[str]) -> list[str]:
     return list(dict.fromkeys(tasks))
 
 
-def average(name: str, scores: dict[str, float], sizes: dict[str, int] | None = None) -> float | None:
-    """Score of a group from those of tasks; sizes: their documents. None while a member is missing."""
+def average(name: str, scores: dict[str, float], sizes: dict[str, int] | None = None, without=()) -> float | None:
+    """Score of a group from those of tasks; sizes: their documents. None while a member is missing that is not among
+    `without`."""
     if name in scores or name in TASKS:
         return scores.get(name)
     members = GROUPS[name].members
     if GROUPS[name].average == "entries":
         members = [entry for m in members for entry in GROUPS[m].members]
-    values = [average(m, scores, sizes) for m in members]
-    if None in values:
+    members = [m for m in members if m not in without]
+    values = [average(m, scores, sizes, without) for m in members]
+    if None in values or not members:
         return None
     weights = [sizes[m] for m in members] if GROUPS[name].average == "size" else [1] * len(values)
     return sum(w * v for w, v in zip(weights, values)) / sum(weights)
@@ -422,42 +435,58 @@ def missing(name: str, root: Path, shots: int | None = None) -> str | None:
     task = TASKS[name]
     examples = task.shot_files if (task.shots if shots is None else shots) else ""
     lack = [files for files in (task.files, examples) if files and not find(root, files)]
-    return f"{name} needs {' and '.join(lack)} below {root} ({task.hub})" if lack else None
+    if not lack:
+        return None
+    other = f" (or the task {name}_cot, whose examples come with it)" if f"{name}_cot" in TASKS else ""
+    hint = f"; --shots 0{other} needs no {examples}" if examples in lack else ""
+    return f"{name} needs {' and '.join(lack)} below {root} ({task.hub}){hint}"
 
 
-def _read(task: Task, root: Path, files: str) -> Iterator[dict]:
+def _read(task: Task, root: Path, files: str) -> Iterator[tuple[Path, dict]]:
+    """Files and their documents. What cannot be read as a row, or is none of the task, is a UserError: it ends the task
+    and not the run."""
     i = -1
     for path in find(root, files):
-        for row in rows(path, task.columns):
+        found = rows(path, task.columns)
+        while True:
+            try:
+                row = next(found, None)
+                assert row is None or isinstance(row, dict), f"it is no object with fields but {str(row)[:80]}"
+            except (BadRow, ValueError, KeyError, TypeError, AssertionError, OSError, EOFError, csv.Error, zlib.error,
+                    pa.ArrowException) as e:
+                raise UserError(f"{path}: row {i + 2} of {files} cannot be read ({type(e).__name__}: {e})") from None
+            if row is None:
+                break
             i += 1
             try:
                 doc = task.load(row | {"_root": Path(root), "_file": path.relative_to(root)}, i)
             except BadRow as e:  # it counts as wrong and is never left out
                 doc = document(None) | {"error": f"{path.name}, row {i + 1}: {e}"}
-            except (KeyError, TypeError, ValueError, IndexError, AttributeError, SyntaxError) as e:
+            except (KeyError, TypeError, ValueError, IndexError, AttributeError, SyntaxError, OSError, csv.Error) as e:
                 have = ", ".join(f"{k} (empty)" if v in (None, "", []) else str(k) for k, v in row.items())
                 raise UserError(f"{path}: row {i + 1} of {files} is not one of this task ({type(e).__name__}: {e}); "
                                 f"its fields: {have}") from e
             if doc is not None:
                 doc["id"] = doc["id"] or f"{i:05d}"
                 doc["cluster"] = doc["id"] if doc["cluster"] is None else str(doc["cluster"])
-                yield doc
+                yield path, doc
 
 
 def documents(name: str, root: Path, shots: int | None = None, store: Path | None = None) -> list[dict]:
     """All documents of a task: examples in front, scorer and arguments filled in. shots: another number of examples.
     store: a folder for the pictures that lie inside parquet files; without it their bytes stay in memory."""
-    task, docs, seen = TASKS[name], [], set()
+    task, docs, seen = TASKS[name], [], {}
     count = task.shots if shots is None else shots
     if lack := missing(name, root, count):
         raise UserError(lack)
     assert not count or task.shots, f"{name} has no worked examples: shots must be 0, not {count}"
     examples = _read(task, root, task.shot_files) if count and task.shot_files else []
-    pool = [(d["group"], d["shot"]) for d in examples if not d["error"]]
+    pool = [(d["group"], d["shot"]) for _, d in examples if not d["error"]]
     rng = random.Random(1234)  # the harness' seed and order of draws
-    for doc in _read(task, root, task.files):
-        assert doc["id"] not in seen, f"{name}: the id {doc['id']} was already used"
-        seen.add(doc["id"])
+    for path, doc in _read(task, root, task.files):
+        if doc["id"] in seen:
+            raise UserError(f"{name}: {path}: the id {doc['id']} was already used, in {seen[doc['id']]}")
+        seen[doc["id"]] = path
         chosen = _shots(task, doc, pool, count, rng)
         if len(chosen) < count and not doc["error"]:
             raise UserError(f"{name}: {len(chosen)} worked examples for {doc['group'] or 'it'}, {count} are needed")

@@ -716,6 +716,87 @@ def test_rows_that_are_none_of_the_task(root, tmp_path):
     assert "neither bytes nor path" in documents("chartqa", tmp_path)[0]["error"]
 
 
+def test_shots_without_their_files(tmp_path):
+    for name, said in (("winogrande", "; --shots 0 needs no winogrande/winogrande_xl/train"),
+                       ("gsm8k", r"; --shots 0 .or the task gsm8k_cot, whose examples come with it. needs no gsm8k")):
+        with pytest.raises(UserError, match=said):
+            documents(name, tmp_path)
+        assert "--shots" not in missing(name, tmp_path, shots=0)
+    assert "--shots" not in missing("gsm8k_cot", tmp_path) and "gsm8k_cot" in TASKS
+
+
+PICTURE = {"chartqa": ("chartqa__test", "image", CHART | {"image": "a.png"}),
+           "MolParse": ("molparse__test", "images", dict(images=["a.png"], question="Which?", answer="CCO")),
+           "scienceqa": ("scienceqa__test", "image", dict(image="a.png", question="Which?", choices=["x", "y"], hint="",
+                                                          answer=0, subject="s")),
+           "mathvision_reason_test_reasoning": ("mathvision__test", "image", dict(
+               id="1", question="Which?\n<image1>", options=[], answer="C", image="a.png", subject="s", level=1)),
+           "mathverse_testmini_reasoning": ("mathverse__testmini", "image", dict(
+               question="Find x.", answer="3", image="a.png", problem_version="Text Only"))}
+
+
+@pytest.mark.parametrize("name", PICTURE)
+def test_no_question_loses_its_picture_in_silence(tmp_path, name):
+    """Another name of the column ends the task; an empty one is an error of the row, but where rows have text only."""
+    file, field, row = PICTURE[name]
+    assert documents(name, at(tmp_path, **{file: [row]}))[0]["images"] == [tmp_path / file.split("__")[0] / "a.png"]
+    other = {("picture" if k == field else k): v for k, v in row.items()}
+    with pytest.raises(UserError, match=f"KeyError: '{field}'.*its fields: .*picture"):
+        documents(name, at(tmp_path, **{file: [other]}))
+    doc, = documents(name, at(tmp_path, **{file: [row | {field: None}]}))
+    if name in ("scienceqa", "mathverse_testmini_reasoning"):
+        assert doc["error"] is None and doc["images"] == [] and "<image>" not in text(doc)
+    else:
+        assert "row 1: no picture: " in doc["error"]
+
+
+def test_mmmu_names_an_empty_picture(tmp_path):
+    row = dict(id="test_Art_1", question="Which of <image 2>?", options="['x', 'y']", answer="A", subject="Art",
+               question_type="multiple-choice", image_1="a.png", image_2=None)
+    doc, = documents("mmmu_val", at(tmp_path, mmmu__validation=[row]))
+    assert "row 1: the question names image_2, which is empty" in doc["error"]
+
+
+@pytest.mark.parametrize("name", PICTURE)
+def test_rows_without_an_answer(tmp_path, name):
+    file, field, row = PICTURE[name]
+    for nothing in (None, ""):
+        doc, = documents(name, at(tmp_path, **{file: [row | {"answer": nothing}]}))
+        assert doc["gold"] is None and doc["error"] is None and doc["scorer"] == TASKS[name].scorer
+
+
+def test_a_file_that_cannot_be_read_ends_its_task_only(tmp_path):
+    """UserError is what a run of several tasks goes on from; it names the file and the row."""
+    def broken(name, file, data, said, row=2, folder=tmp_path):
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=said) as e:
+            documents(name, folder, shots=0)
+        assert str(path) in str(e.value) and f"row {row} of" in str(e.value), e.value
+    line = json.dumps(dict(question="1+1?", answer="#### 2")).encode()
+    for bad, said in ((b'{"question": "cut', "not valid JSON"), (b'{"question": "\xff"}', "not UTF-8"),
+                      (b"[1]", "object"), (b"", "empty")):
+        broken("gsm8k", "gsm8k/test.jsonl", line + b"\n" + bad + b"\n" + line, said)
+    broken("gsm8k", "gsm8k/test.jsonl.gz", b"no gzip", "BadGzipFile", 1, tmp_path / "gz")
+    head = b"id,question,A,B,C,D,answer\n"
+    broken("ceval", "ceval/val/law_val.csv", head + b"0,q,a,b,c,d,A\n1,\xff\xfe,a,b,c,d,A\n", "UnicodeDecodeError", 1)
+    long = head + b"0,q,a,b,c,d,A\n1," + b"x" * 200_000 + b",a,b,c,d,A\n"
+    broken("ceval", "ceval/val/law_val.csv", long, "field larger")
+    broken("ProteinLMBench", "proteinlmbench/a.json", b"[3]", "no object", 1)
+    broken("ProteinLMBench", "proteinlmbench/a.json", b'{"rows": []}', "KeyError: 'examples'", 1)
+    pq.write_table(pa.Table.from_pylist([CHART] * 2000), tmp_path / "whole.parquet", compression="NONE")
+    data = bytearray((tmp_path / "whole.parquet").read_bytes())
+    data[4:60] = b"\xff" * 56  # the first page's header; the footer is whole
+    broken("chartqa", "chartqa/test.parquet", bytes(data), "cannot be read", 1)
+
+
+def test_an_id_that_comes_twice(tmp_path):
+    row = dict(problem="p", subject="s", answer="3", unique_id="u1")
+    with pytest.raises(UserError, match="math500: .*test-2.jsonl: the id u1 was already used, in .*test-1.jsonl"):
+        documents("math500", at(tmp_path, **{"math500__test-1": [row], "math500__test-2": [row]}))
+
+
 # ---- defects of the released evaluation that the table must not have -----------------------------------------------
 def test_defect_2_names():
     """Script, yaml and README name the same benchmarks differently."""
