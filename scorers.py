@@ -8,7 +8,8 @@ the ways their numbers are averaged. What is read where is the business of rewar
 The first number is the benchmark's metric (main= puts another one first). None: unparsed, the response holds no answer
 of the kind. Means count that as 0 and say how often; a root mean square leaves it out and says how often. Text up to
 </think> is no part of an answer, and a thinking that never ends has none. Several right answers: the best one counts,
-but for sets, tables and boxes, which are compared as a whole. A right answer that is not of its kind raises.
+but for sets, tables and boxes, which are compared as a whole. A right answer that is empty raises, and so does one that
+is not of the scorer's kind (math, exact, contains, relaxed, anls and overlap take any text).
 
 Departures from the released evaluation (lmms-eval fork) and from the benchmarks' own scripts
 1. choice: a letter counts where an answer names one (there: the first character, any letter, or a random one).
@@ -54,6 +55,7 @@ def score(scorer: str, response: str, gold, main: str = "", **kw) -> Scored:
     names = sorted(names, key=lambda name: name != main)
     text = visible(response) or ""  # the only place that knows about <think>
     golds = list(gold) if scorer in ANY_OF and isinstance(gold, (list, tuple)) else [gold]
+    golds = [g for g in golds if scorer not in ANY_OF or str(g).strip()]
     assert golds, f"{scorer}: there is no right answer"
     found = [f for f in (compare(text, g, **kw) for g in golds) if f is not None]
     if not found:
@@ -77,7 +79,8 @@ def said(text: str) -> str:
         except ValueError:
             value = found[-1].strip('"')
         return f"<answer>{', '.join(map(str, value)) if isinstance(value, list) else value}</answer>"
-    text = re.sub(r"\b(?:(?:correct|right|best) (?:option|choice)|answer) (?:is|would be|:)", "answer is",
+    text = re.sub(r"\b(?:(?:correct|right|best) (?:answer )?(?:option|choice)(?: is| would be|\s*:)"
+                  r"|answer (?:is|would be|:))", "answer is",
                   text.translate(WIDE), flags=re.I)
     text = re.sub(rf"^([^\w\n]*[A-J])、(?={HAN})", r"\1. ", text, flags=re.M)
     label = r"\(?[A-J]\)?"
@@ -106,11 +109,35 @@ def short_answer(text: str) -> str | None:
 
 
 # ---- S1, S2: labels -------------------------------------------------------------------------------------------------
+LABEL = r"(?:the )?(?:(?:option|choice|answer) )?[*$]*\(?([{}])\)?[*$]*"
+
+
+def ends_in(text: str, labels: str) -> str | None:
+    """The label of a last sentence "Thus, B." NOTE a response that is cut at "Thus, A" or "So, I" names none."""
+    m = re.search(r"(?:^|[.!?;:,]\s|\n)\**(?:thus|therefore|hence|so|Thus|Therefore|Hence|So), " + LABEL.format(labels)
+                  + r"(?:[.!)*]+|(?<![AI]))\s*$", text)
+    return m and m[1].upper()
+
+
+def concluded(text: str, labels: str) -> str | None:
+    """The only label that "the answer should be B." or "I choose B." names, with no "but" behind it. NOTE the sentence
+    ends with the label: "must be between", "should be A or B" name none. These are no marks in `said`, as "the answer
+    is" is: "The answer must be positive. I get 7." would lose its number."""
+    verb = r"(?:answer|option|choice) (?:should|must|has to) be:?|\bI(?:'d|'ll| would| will)? (?:choose|pick|select)"
+    end = r"(?=[.!]?[ \t]*(?:\n|$)|[.!][ \t]+(?![a-z])|,? (?:because|since|as)\b)"
+    last = max((m.start() for m in re.finditer(r"\b(?:but|however|wait|actually)\b", text, re.I)), default=-1)
+    found = {m[1] for m in re.finditer(rf"(?<!if )(?<!If )(?:{verb}) {LABEL.format(labels)}{end}", text)
+             if m.start() > last}
+    return found.pop().upper() if len(found) == 1 else None
+
+
 def read_label(text: str, labels: str, options: list[str] | None) -> str | None:
-    """One label; failing the places of an answer: a first line that is one, the only one called correct, the only
-    option that a short answer mentions. A list of the options names none."""
+    """One label; failing the places of an answer: a first line that is one, the only one called correct or chosen, the
+    only option that a short answer mentions. A list of the options names none."""
     plain = said(text)
     listed, free = re.findall(rf"^[^\w\n]*([{labels}])[.):]", plain, re.M | re.I), marked(plain) is None
+    if free and (last := ends_in(plain, labels)):
+        return last
     is_list = free and len(listed) > 1 and listed == sorted(set(listed))
     def item(line): return is_list and re.match(rf"\W*[{labels}][.):]", line, re.I) and not bare(line)
     def bare(line): return re.fullmatch(r"\W*(?:option|choice)?\W*\w\W*", line, re.I)
@@ -124,6 +151,8 @@ def read_label(text: str, labels: str, options: list[str] | None) -> str | None:
     called += re.findall(rf"(?<![A-Za-z和或])([{labels}])(?:选?项)?是?正确", plain)
     if len(set(called)) == 1:
         return called[0].upper()
+    if free and (chosen := concluded(plain, labels)):
+        return chosen
     answer = short_answer(text) or ""
     if options and not item(answer) and not re.search(r"\b(?:not|never|except|neither|cannot)\b|n't\b|[不非没]", answer):
         spaced = [re.sub(HAN, r" \g<0> ", t) for t in (answer, *options)]  # a Chinese character is a word
@@ -178,7 +207,7 @@ def choice_set(text: str, gold: str | Sequence[str], labels: str = LETTERS, opti
 def maths(text: str, gold: str, rel_tol: float = 1e-6, abs_tol: float = 0.0, labels: str = "ABCDEFGH",
           options: list[str] | None = None):
     """strict: the answer is marked, too (\\boxed{}, '#### x', 'the answer is x'). A single letter as right answer is a
-    choice; whole numbers are equal or within abs_tol."""
+    choice; whole numbers are equal or within abs_tol, or within rel_tol where that is above 1e-4."""
     text, strict = said_number(text), marked(said(text)) is not None
     letter = re.fullmatch(r"\(?([A-Z])\)?", re.sub(r"\\(?:text|textbf|mathrm)\{(.*)\}", r"\1", gold.strip()))
     if letter and letter[1] in labels:
