@@ -17,6 +17,7 @@ import threading
 import time
 import types
 import typing
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -106,8 +107,9 @@ def commit() -> str:
 
 
 # ---- process group and sharding -------------------------------------------------------------------------------------
-def init_distributed() -> torch.device:
-    """Joins torchrun's group, or makes a group of one. NCCL for tensors on GPUs, gloo for tensors on CPUs."""
+def init_distributed(patience: float = 0) -> torch.device:
+    """Joins torchrun's group, or makes a group of one. NCCL for tensors on GPUs, gloo for tensors on CPUs.
+    A rank waits for others at least half an hour, or `patience` seconds."""
     if "RANK" not in os.environ:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
@@ -117,11 +119,11 @@ def init_distributed() -> torch.device:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=max(patience, 1800)))
     return device
 
 
-def init_apart(trainers: int) -> tuple[torch.device, dist.Store]:
+def init_apart(trainers: int, patience: float = 0) -> tuple[torch.device, dist.Store]:
     """torchrun's group in two: the first ranks train and are the group from here on; each of the others is a group of
     one, with its GPU as the only one it sees. -> device, and a store that all ranks share"""
     number, local, many = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
@@ -141,7 +143,8 @@ def init_apart(trainers: int) -> tuple[torch.device, dist.Store]:
     life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # after a restart by torchrun the store is the old one
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
                             store=dist.PrefixStore(f"trainers/{life}", store) if trains else dist.HashStore(),
-                            rank=number if trains else 0, world_size=trainers if trains else 1)
+                            rank=number if trains else 0, world_size=trainers if trains else 1,
+                            timeout=timedelta(seconds=max(patience, 1800)))
     return device, dist.PrefixStore(f"apart/{life}", store)
 
 
@@ -387,8 +390,11 @@ def plot_metrics(folder, keys=("loss", "lr", "grad_norm", "tok_s")) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    fig, axes = plt.subplots(1, len(keys), figsize=(4 * len(keys), 3), constrained_layout=True)
-    for ax, key in zip(axes, keys):
+    lines, columns = -(-len(keys) // 4), min(len(keys), 4)
+    fig, axes = plt.subplots(lines, columns, figsize=(4 * columns, 3 * lines), constrained_layout=True, squeeze=False)
+    for ax in axes.flat[len(keys):]:
+        ax.set_visible(False)
+    for ax, key in zip(axes.flat, keys):
         have = [r for r in rows if key in r]  # a reinforcement step without usable groups has no update
         ax.plot([r["step"] for r in have], [r[key] for r in have], linewidth=1)
         ax.set(title=key, xlabel="step")

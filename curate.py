@@ -52,7 +52,7 @@ from common import UserError, is_rank0, print0, rank, world
 from data import BadRow, Dataset, data_files, row_of
 from evaluate import checkpoint_hash
 from model import Innovator, checkpoint_folder, gathered
-from train_rl import Prompts, make_engine, roll_out, verify
+from train_rl import Prompts, make_engine, right_answers, roll_out, verify
 
 FREE = ("out", "gap", "low", "high", "verifiers", "engine_memory", "eager", "patience", "threads", "resume")
 TEXT, SHARE, IMAGE = pa.string(), pa.float64(), pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -140,10 +140,6 @@ def read_scores(out: Path) -> dict[int, dict]:
     return lines
 
 
-def right_answers(raw: dict) -> list[str]:
-    return [str(a) for a in (raw["answer"] if isinstance(raw["answer"], list) else [raw["answer"]]) if a is not None]
-
-
 def score_chunk(c: Select, engine, prompts: Prompts, verifiers, tok, rows: range, eyes: bool, alive) -> list[dict]:
     """A line of scores for every one of these rows."""
     lines, drawn = [], {}
@@ -152,7 +148,7 @@ def score_chunk(c: Select, engine, prompts: Prompts, verifiers, tok, rows: range
             row, doc = prompts.read(i)
             if doc.grids and not eyes:
                 raise BadRow("it has a picture, the model has no vision tower")
-            drawn[i] = row | {"answer": right_answers(row)}, doc
+            drawn[i] = row, doc
         except BadRow as e:
             lines.append({"row": i, "id": e.row_id, "accuracies": [], "reason": str(e)})
     asked = list(drawn.values())

@@ -78,8 +78,9 @@ class TorchEngine:
             def ended(b, token): return (new[b].append(token), s.ended(new[b]))[1]
             ids, logps, experts = self.model.generate(
                 [p.ids.tolist() for p in part], *pictures(part, self.model), max_new_tokens=s.max_new_tokens,
-                temperature=s.temperature, top_p=s.top_p, stop_ids=s.stop_ids, seed=seed + start, logprobs=True, n=n,
-                on_token=ended if s.ended else None, experts=self.experts)
+                temperature=s.temperature, top_p=s.top_p, stop_ids=s.stop_ids, logprobs=True, n=n,
+                # dice of its own for every batch, whatever seeds the other ranks have
+                seed=(seed * 4096 + start) % 2 ** 63, on_token=ended if s.ended else None, experts=self.experts)
             out += [Continuation(i, np.array(p, dtype=np.float32), e)
                     for i, p, e in zip(ids, logps, experts or [None] * len(ids))]
             between()

@@ -6,8 +6,9 @@
 
 A step: draw prompts -> roll out G responses each -> verify them -> drop or refill groups without spread -> the
 trainer's own log-probabilities (old) -> K updates on parts of the batch -> weights to the engine -> log.
-A run leaves step_XXXXXXXX/ (the model, and state/ to resume from), metrics.jsonl, curves.png and rollouts.txt, a few
-responses of every step with their rewards.
+A run leaves step_XXXXXXXX/ (the model, and state/ to resume from), metrics.jsonl, curves.png (drawn at every save)
+and rollouts.txt, a few responses of every step with their rewards. Rewards, lengths and errors in the log are of all
+responses made, those of dropped groups included.
 
 Engines (engine.py): torch, model.py's own generate; vllm, in the same process and asleep while training; vllm-server,
 on ranks of its own that run ahead by at most --staleness versions of the weights and take new ones between two tokens.
@@ -32,6 +33,10 @@ Departures
    the engine are of the others.
 3. Advantages are normalised once, inside the group; the released code normalises over the batch again.
 4. Sampling is at top_p 1 without top_k, so that the engine's and the trainer's probabilities are of one distribution.
+5. 'dapo' has this file's other defaults: fewer prompts a batch, a shorter warm-up and shorter responses than the paper
+   (512, 20 batches, 20480 tokens), and accuracies in [0, 1] where the paper has -1 and 1. Refill keeps groups whose
+   accuracies differ (there: 0 < right responses < G); other groups do not train, even if their rewards differ. Ranks
+   keep all such groups of a round: a batch may have more prompts than asked for, by less than one a rank.
 """
 import contextlib
 import json
@@ -39,6 +44,7 @@ import math
 import os
 import re
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -67,6 +73,7 @@ RECIPES = {
     "dr-grpo": dict(loss="token", reduce="constant", low=0.2, high=0.2, updates=1, lr=1e-6, divide_by_std=False),
     "cispo": dict(loss="cispo", reduce="token", low=1.0, high=4.0, updates=1, lr=1e-6),
 }
+CURVES = ("reward", "accuracy", "length", "entropy", "clip_share", "gap_mean", "equal_groups")
 Correction = Literal["none", "truncate", "mask", "sequence-truncate", "sequence-mask"]
 NOT_FINITE = "the engine gave a log-probability that is not finite"
 EVERY_RECIPE = dict(correction="none", cap=2.0, refill=0, overlong=0, mask_truncated=False, divide_by_std=True)
@@ -88,7 +95,7 @@ class Config:
     correction: Correction | None = None  # * weight p(old) / p(engine), cut or dropped above cap
     cap: float | None = None  # * largest weight of the correction
     replay: Literal["none", "old", "engine"] = "none"  # experts of a MoE in updates: the old pass (R2), engine (R3)
-    refill: int | None = None  # * rounds of new prompts that may replace groups of equal rewards, 0: such groups train
+    refill: int | None = None  # * rounds of new prompts that may replace groups of equal accuracy, 0: these train
     overlong: int | None = None  # * last tokens of the budget over which the reward falls linearly by 1
     mask_truncated: bool | None = None  # * responses that did not end carry no loss
     kl: float = 0.0  # weight of the KL divergence from the first model (k3 estimator)
@@ -99,6 +106,8 @@ class Config:
     plain: bool = False  # ask the bare question, without the released instruction on <think> and <answer>
     verifiers: int = 2  # processes a rank that verify responses
     verify_seconds: float = 30.0  # one response's verification may take
+    judge: str = ""  # URL of an OpenAI-compatible server, with /v1, that is asked where rules read no answer or say no
+    judge_model: str = ""  # its name there; the server's key is read from OPENAI_API_KEY
     rewards: Literal["verified", "shuffled", "random"] = "verified"  # controls: another response's of the batch; noise
     lr: float | None = None  # * constant between warm-up and decay
     warmup: int = 10  # updates
@@ -136,12 +145,22 @@ class Config:
                 setattr(self, key, value)
         self.trainable = self.trainable or ["language_model"]
         assert self.group > 1, f"--group {self.group}: a group needs two responses to compare"
+        assert self.max_new_tokens > 0, f"--max-new-tokens {self.max_new_tokens} must be at least 1"
         assert 0 <= self.overlong <= self.max_new_tokens, \
             f"--overlong {self.overlong} must lie in 0..max_new_tokens {self.max_new_tokens}"
         assert self.temperature > 0, "--temperature 0 samples one response G times"
-        assert self.staleness >= 0 and self.rollout_ranks >= 0, "--staleness and --rollout-ranks cannot be negative"
+        for names, ok, what in (
+                ("prompts updates verifiers steps pack rollout_batch tp keep", lambda x: x >= 1, "must be at least 1"),
+                ("seed refill kl warmup weight_decay context rollout_ranks staleness threads save_every lr high",
+                 lambda x: x >= 0, "cannot be negative"),
+                ("cap clip verify_seconds patience", lambda x: x > 0, "must be above 0"),
+                ("low decay", lambda x: 0 <= x <= 1, "must lie between 0 and 1")):
+            for name in names.split():
+                assert ok(getattr(self, name)), f"--{name.replace('_', '-')} {getattr(self, name)} {what}"
         assert 0 < self.engine_memory < 1, f"--engine-memory {self.engine_memory} is a share between 0 and 1"
-        assert not self.rollout_ranks or self.tp == 1, "--tp shares an engine among training ranks, not rollout ranks"
+        assert bool(self.judge) == bool(self.judge_model), "--judge and --judge-model belong together"
+        assert self.tp == 1 or not self.rollout_ranks and self.engine != "vllm-server", \
+            f"--tp {self.tp} shares an engine among training ranks, not rollout ranks"
         assert self.prompts * self.group % self.updates == 0, \
             f"{self.prompts} x {self.group} responses do not divide over {self.updates} updates"
 
@@ -216,7 +235,12 @@ class Response:
     reward: float = 0.0
     accuracy: float = 0.0
     error: str = ""  # why it says nothing about the policy
+    judge: str = "rule"  # who decided, rewards.Result.by
     advantage: float = 0.0
+
+
+def right_answers(raw: dict) -> list[str]:
+    return [str(a) for a in (raw["answer"] if isinstance(raw["answer"], list) else [raw["answer"]]) if a is not None]
 
 
 class Prompts:
@@ -240,7 +264,7 @@ class Prompts:
         doc = encode(asked, images, self.tok, self.limits, generate=True)
         if len(doc.ids) + self.c.max_new_tokens > self.longest:
             raise BadRow(f"{len(doc.ids)} tokens and max_new_tokens exceed the context {self.longest}")
-        return row.raw | {"id": row.id}, doc
+        return row.raw | {"id": row.id, "answer": right_answers(row.raw)}, doc
 
     def draw(self, cursor: int, n: int, share: int, shares: int) -> tuple[list[tuple[dict, Doc]], int]:
         """n prompts from the cursor on, every shares-th of the order; and the cursor after them."""
@@ -266,6 +290,12 @@ def make_engine(c, config, dtype, device, out: Path):
                               tp=c.tp, eager=c.eager, seed=c.seed, out=out)
 
 
+def make_verifiers(c: Config) -> rewards.Verifiers:
+    key = os.environ.get("OPENAI_API_KEY", "")
+    return rewards.Verifiers(c.verifiers, rewards.Judge(c.judge, c.judge_model, str(Path(c.out) / "judge"), key)
+                             if c.judge else None)
+
+
 def roll_out(c, engine, drawn: list, tok: Tokenizer, seed: int, between=lambda: None) -> list[Response]:
     """G responses for every prompt of this rank."""
     out, sampling = [], engines.Sampling(c.max_new_tokens, (tok.im_end, tok.pad), c.temperature)
@@ -285,10 +315,10 @@ def verify(c, verifiers: rewards.Verifiers, responses: list[Response], drawn: li
     """Fills in rewards: 0.1 format + 0.9 accuracy, less the punishment of overlong responses. A response whose verifier
     raised or ran out of time, or that the engine spoilt, gets the mean of the others of its group, carries no loss and
     is counted."""
-    items = [dict(response=r.text, gold=drawn[r.prompt][0]["answer"], answer_type=drawn[r.prompt][0]["answer_type"])
-             for r in responses]
+    items = [dict(response=r.text, gold=row["answer"], answer_type=row["answer_type"], question=row["problem"])
+             for r in responses for row in (drawn[r.prompt][0],)]
     for r, result in zip(responses, verifiers.score_many(items, c.verify_seconds, between)):
-        r.error, r.accuracy = r.error or result.error or "", result.accuracy or 0.0
+        r.error, r.accuracy, r.judge = r.error or result.error or "", result.accuracy or 0.0, result.by
         r.reward = (result.reward or 0.0) + overlong_punishment(len(r.engine), c.max_new_tokens, c.overlong)
     for start in range(0, len(responses), c.group):
         own = responses[start:start + c.group]
@@ -349,7 +379,8 @@ def micro_batches(c: Config, responses: list[Response], model: Innovator, tok: T
             experts = np.full((len(data.ids), config.num_hidden_layers, config.num_experts_per_tok), -1, np.int16)
             start = 0
             for r in (rs[0] for rs in once):
-                experts[start:start + len(r.experts)] = r.experts
+                if r.experts is not None:
+                    experts[start:start + len(r.experts)] = r.experts
                 start += len(r.doc.ids)
             pack.experts = torch.from_numpy(experts).to(device).transpose(0, 1)
         out.append(Batch(
@@ -435,7 +466,7 @@ def update(c: Config, model, optimizer, batches: list[Batch], counted: tuple, lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     names = ("clip_share", "entropy", "ratio_mean", "kl_first", "corrected_kept")
-    row = {"loss": loss, "grad_norm": norm, "ratio_max": top,
+    row = {"loss": loss, "lr": lr, "grad_norm": norm, "ratio_max": top,
            **{k: v / max(ran, 1) for k, v in zip(names, per_token)}}
     if load is None:
         return row
@@ -446,7 +477,7 @@ def update(c: Config, model, optimizer, batches: list[Batch], counted: tuple, lr
 
 
 def gap(batches: list[Batch]) -> dict:
-    """How far the engine's log-probabilities are from the trainer's for the same weights."""
+    """How far the engine's log-probabilities are from the trainer's; with staleness those of older weights."""
     difference = torch.cat([(b.old - b.engine)[b.mask > 0] for b in batches]).double()
     far = (difference.abs() > math.log(2)).sum().double()
     sums = torch.stack([difference.abs().sum(), far, torch.tensor(float(len(difference)), device=far.device).double()])
@@ -458,17 +489,31 @@ def gap(batches: list[Batch]) -> dict:
 
 
 # ---- the loop -------------------------------------------------------------------------------------------------------
+def tally(c: Config, responses: list[Response], drawn: list) -> Counter:
+    """What the log says of these responses, as sums."""
+    counts = Counter(responses=len(responses))
+    for r in responses:
+        kind = drawn[r.prompt][0]["answer_type"]
+        counts.update({"reward": r.reward, "accuracy": r.accuracy, "tokens": len(r.engine), "truncated": r.truncated,
+                       ("reward", kind): r.reward, ("responses", kind): 1})
+        counts.update({("error", r.error): 1} if r.error else {})
+        counts["no experts"] += c.replay == "engine" and r.experts is None
+        counts["judge asked"] += r.judge != "rule"
+        counts["judge failed"] += r.judge not in ("rule", "judge")
+    return counts
+
+
 def collect(c: Config, engine, prompts: Prompts, verifiers, cursor: int, step: int, tok, share: int, shares: int,
             between=lambda: None):
-    """Responses to this rank's share of the step's prompts, groups of equal rewards replaced up to --refill times. All
-    ranks of the group go on while one of them still needs prompts. -> responses, rows, counts, cursor"""
-    need, kept, rows, bad = c.prompts // shares, [], [], prompts.bad
-    counts = {"groups": 0, "equal": 0, "responses": 0, "bad": 0}
+    """This rank's responses to the step's prompts, groups of equal accuracies replaced up to --refill times, until the
+    ranks of its group together have enough. -> responses, rows, counts, cursor"""
+    kept, rows, bad, counts = [], [], prompts.bad, Counter()
     for attempt in range(c.refill + 1):
-        missing = torch.tensor([max(need - len(rows), 0), cursor])
-        dist.all_reduce(missing, op=dist.ReduceOp.MAX)
-        missing, cursor = missing.tolist()
-        if not missing:
+        have, most = torch.tensor(len(rows)), torch.tensor(cursor)
+        dist.all_reduce(have)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        missing, cursor = -(-(c.prompts * world() // shares - int(have)) // world()), int(most)
+        if missing <= 0:
             break
         drawn, cursor = prompts.draw(cursor, missing, share, shares)
         seed = (c.seed * 1_000_003 + step * 1009 + attempt) * 8191 + share
@@ -478,12 +523,13 @@ def collect(c: Config, engine, prompts: Prompts, verifiers, cursor: int, step: i
             raise UserError(f"{NOT_FINITE} in all {spoilt} responses of step {step + 1}: the weights or the engine's "
                             "precision are broken; go on from the last checkpoint with --resume")
         verify(c, verifiers, responses, drawn, between)
-        counts["responses"] += len(responses)
+        counts.update(tally(c, responses, drawn))
         for k, (row, _) in enumerate(drawn):
             own = responses[k * c.group:(k + 1) * c.group]
-            equal = max(r.reward for r in own) - min(r.reward for r in own) < 1e-6
-            counts["groups"], counts["equal"] = counts["groups"] + 1, counts["equal"] + equal
-            if len(rows) < need and not (c.refill and equal):
+            values = [r.accuracy for r in own if not r.error] if c.refill else [r.reward for r in own]
+            equal = max(values, default=0) - min(values, default=0) < 1e-6
+            counts.update(groups=1, equal=equal)
+            if not (c.refill and equal):
                 for r in own:
                     r.prompt = len(rows)
                 kept, rows = kept + own, [*rows, row]
@@ -514,7 +560,7 @@ def generate_ahead(c: Config, link, engine, config, dtype, tok, number: int, ste
     def between():
         alive()
         link.poll(engine, config, dtype, alive)
-    with rewards.Verifiers(c.verifiers) as verifiers:
+    with make_verifiers(c) as verifiers:
         try:
             while True:
                 between()
@@ -532,14 +578,15 @@ def generate_ahead(c: Config, link, engine, config, dtype, tok, number: int, ste
 
 def taken(c: Config, batches: list) -> tuple:
     """This trainer's share of what the generating ranks made for a step: every world()-th group."""
-    responses, rows, counts, cursor = [], [], {"groups": 0, "equal": 0, "responses": 0, "bad": 0}, 0
+    responses, rows, counts, cursor = [], [], Counter(), 0
     groups = [(own[k * c.group:(k + 1) * c.group], row) for own, asked, *_ in batches for k, row in enumerate(asked)]
     for k, (own, row) in enumerate(groups[rank()::world()]):
         for r in own:
             r.prompt = k
         responses, rows = responses + own, [*rows, row]
     for _, _, some, its_cursor, *_ in batches if is_rank0() else ():  # counted once
-        counts, cursor = {k: counts[k] + some[k] for k in counts}, max(cursor, its_cursor)
+        counts.update(some)
+        cursor = max(cursor, its_cursor)
     return responses, rows, counts, cursor
 
 
@@ -550,7 +597,8 @@ def write_rollouts(file: Path, step: int, responses: list[Response], rows: list[
             own = sorted((r for r in responses if r.prompt == k), key=lambda r: r.reward)
             f.write(f"==== step {step}, {row['id']}: {row['problem']}\n     right: {row['answer']}\n")
             for r in (own[-1], own[0]):
-                f.write(f"---- reward {r.reward:.2f}, {len(r.engine)} tokens{', truncated' * r.truncated}\n{r.text}\n")
+                f.write(f"---- reward {r.reward:.2f}, {len(r.engine)} tokens{', truncated' * r.truncated}"
+                        f"{', error: ' * bool(r.error)}{r.error}\n{r.text}\n")
 
 
 def trim_rollouts(file: Path, step: int) -> None:
@@ -560,11 +608,12 @@ def trim_rollouts(file: Path, step: int) -> None:
         file.write_text("".join(s for s in steps if int((re.match(r"==== step (\d+)", s) or [0, 0])[1]) <= step))
 
 
-def summed(table: dict) -> dict:
-    """The sums over ranks of {name: [number, number]}."""
-    tables = [None] * world()
-    dist.all_gather_object(tables, table)
-    return {k: np.sum([t[k] for t in tables if k in t], axis=0).tolist() for k in sorted(set().union(*tables))}
+def summed(counts: Counter) -> Counter:
+    tables, total = [None] * world(), Counter()
+    dist.all_gather_object(tables, counts)
+    for table in tables:
+        total.update(table)
+    return total
 
 
 def everywhere(true: bool) -> bool:
@@ -584,6 +633,17 @@ def main() -> None:
         train(common.parse(Config, doc=__doc__), closing)
 
 
+def check_resumed(c: Config, folder: Path) -> None:
+    """An error if the run of this checkpoint had another model, other data or another order."""
+    then = json.loads((folder / "trainer.json").read_text())["config"]
+    def whole(name, x): return ([os.path.abspath(p) for p in ([x] if isinstance(x, str) else x) if p]
+                                if name in ("model", "tokenizer", "data") else x)
+    for name in ("recipe", "model", "tokenizer", "data", "seed", "plain"):
+        old, new = then[name], getattr(c, name)
+        if whole(name, old) != whole(name, new):
+            raise UserError(f"{folder} is of a run with --{name} {old}, now {new}; choose another --out")
+
+
 def train(c: Config, closing: contextlib.ExitStack) -> None:
     out, ranks = Path(c.out), int(os.environ.get("WORLD_SIZE", 1))
     if c.engine == "vllm-server":
@@ -593,12 +653,15 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
     assert trainers > 0, f"--rollout-ranks {c.rollout_ranks} of {ranks} ranks leaves none to train"
     for name, many in (("ranks that train", trainers), ("ranks that generate", c.rollout_ranks or trainers)):
         assert c.prompts % many == 0, f"--prompts {c.prompts} does not divide over {many} {name}"
-    device, store = common.init_apart(trainers) if c.rollout_ranks else (common.init_distributed(), None)
+    device, store = (common.init_apart(trainers, c.patience) if c.rollout_ranks else
+                     (common.init_distributed(c.patience), None))
     if c.threads:
         torch.set_num_threads(c.threads)
     step, cursor, updates, resumed = 0, 0, 0, common.latest(c.out)
     if resumed and not c.resume:
         raise UserError(f"{out} already holds {resumed.name}: go on with --resume, or choose another --out")
+    if resumed:
+        check_resumed(c, resumed)
     source = str(resumed or checkpoint_folder(c.model))
     sft = train_sft.Config(stage="pretrain", model=source, tokenizer="" if resumed else c.tokenizer, data=c.data,
                            out=c.out, trainable=c.trainable, lr=c.lr, min_lr=0.0, weight_decay=c.weight_decay,
@@ -628,13 +691,15 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
     else:
         engine.load(gathered(model, dtype))
     prompts = Prompts(c, tok, c.context or config.max_position_embeddings)
-    verifiers = None if link else closing.enter_context(rewards.Verifiers(c.verifiers))
+    verifiers = None if link else closing.enter_context(make_verifiers(c))
     first = None
     if c.kl:
         first = Innovator.from_pretrained(c.model, dtype, device, c.attention)
     print0(f"{c.recipe}: {c.model}, {sum(p.numel() for p in model.parameters()):,} parameters; {world()} x "
            f"{device.type}, {sft.dtype}, attention {model.impl}, engine {c.engine}"
            + (f" on {c.rollout_ranks} ranks of its own" if link else ""))
+    if c.rollout_ranks and c.staleness and c.correction == "none":
+        print0(f"--staleness {c.staleness} without --correction: samples of older weights count as the trainer's own")
     print0("config:", json.dumps(asdict(c)), "commit:", common.commit())
     log = common.Log(out, step)
     if is_rank0():
@@ -642,6 +707,12 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
         trim_rollouts(out / "rollouts.txt", step)
     alive = common.watchdog(c.patience, "the run")
     asked, stop, saved = common.on_sigterm(), False, step
+
+    def save() -> int:
+        train_sft.save(c, model, optimizer, step, {"cursor": cursor, "updates": updates})
+        if is_rank0():
+            common.plot_metrics(out, CURVES)
+        return step
     def rate(): return c.lr * min(1.0, updates / max(c.warmup, 1), (c.steps - step) / max(c.decay * c.steps, 1))
     bar = tqdm(total=c.steps, initial=step, desc=c.recipe, disable=None if is_rank0() else True)
     while step < c.steps and not stop:
@@ -660,7 +731,7 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
         assign_advantages(c, responses, step)
         t1 = now(device)
         alive()
-        # neighbours, so that groups stay together; a rank whose part is empty still runs empty micro-batches
+        # neighbours: groups stay together where a part holds whole ones; an empty part still runs empty micro-batches
         ends = [len(responses) * k // c.updates for k in range(c.updates + 1)]
         parts = [update_part(c, responses[a:b], model, tok, device) for a, b in zip(ends, ends[1:])]
         parts = [(batches, counted) for batches, counted in parts if batches]
@@ -677,52 +748,46 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
             alive()
         t2 = now(device)
         step += 1
-        if not link:
-            engine.load(gathered(model, dtype))
-        elif step < c.steps:
-            link.publish(model, dtype, asked, alive)
+        if step < c.steps:  # the last weights feed nobody
+            link.publish(model, dtype, asked, alive) if link else engine.load(gathered(model, dtype))
         t3 = now(device)
-        sums = torch.tensor([sum(r.reward for r in responses), sum(r.accuracy for r in responses),
-                             sum(len(r.engine) for r in responses), sum(r.truncated for r in responses),
-                             sum(bool(r.error) for r in responses), sum(r.error == NOT_FINITE for r in responses),
-                             len(responses), *counts.values(), float(bool(asked))], dtype=torch.float64)
-        dist.all_reduce(sums)
+        counts.update(kept=len(responses), asked=bool(asked))
+        sums = summed(counts)
         if link and is_rank0():
             link.drop(step - 1)
-        reward, accuracy, tokens, truncated, errors, spoilt, n, groups, equal, made, bad, stopping = sums.tolist()
-        stop = stopping > 0
-        types = {}
-        for r in responses:
-            total = types.setdefault(rows[r.prompt]["answer_type"], [0, 0])
-            total[0], total[1] = total[0] + r.reward, total[1] + 1
-        row = {"step": step, "reward": reward / max(n, 1), "accuracy": accuracy / max(n, 1),
-               "by_type": {k: total / count for k, (total, count) in summed(types).items()},
-               "length": tokens / max(n, 1), "truncated": truncated / max(n, 1),
-               "verifier_errors": int(errors - spoilt), "engine_errors": int(spoilt), "responses": int(n),
-               "made": int(made), "bad_rows": int(bad), "equal_groups": equal / max(groups, 1),
-               "lr": rate(), **row,
+        stop, made = sums["asked"] > 0, max(sums["responses"], 1)
+        errors = Counter({k[1]: n for k, n in sums.items() if k[0] == "error"})
+        spoilt = errors.pop(NOT_FINITE, 0)
+        row = {"step": step, "reward": sums["reward"] / made, "accuracy": sums["accuracy"] / made,
+               "by_type": {k[1]: sums["reward", k[1]] / n for k, n in sums.items() if k[0] == "responses"},
+               "length": sums["tokens"] / made, "truncated": sums["truncated"] / made,
+               "verifier_errors": errors.total(), "verifier_error": errors.most_common(1)[0][0] if errors else "",
+               "engine_errors": spoilt, "responses": sums["kept"], "made": sums["responses"],
+               "bad_rows": sums["bad"], "equal_groups": sums["equal"] / max(sums["groups"], 1), **row,
+               **({"no_experts": sums["no experts"]} if c.replay == "engine" else {}),
+               **({"judge_failed": sums["judge failed"] / max(sums["judge asked"], 1)} if c.judge else {}),
                **{k: sum(s[k] for s in stats) / len(stats) for k in (stats[0] if stats else ())},
                "generate_s": t1 - t0, "train_s": t2 - t1, "sync_s": t3 - t2,
-               "waking_s": engine.waking if engine else 0.0, "tok_s": tokens / (t3 - t0)}
+               "waking_s": engine.waking if engine and step < c.steps else 0.0, "tok_s": sums["tokens"] / (t3 - t0)}
         if device.type == "cuda":
             row["peak_gb"] = torch.cuda.max_memory_allocated(device) / 2 ** 30
         log.write(row)
         if is_rank0():
             write_rollouts(out / "rollouts.txt", step, responses, rows)
+        failed = errors.total() + spoilt
         bar.set_postfix_str(f"reward {row['reward']:.3f} accuracy {row['accuracy']:.3f} length {row['length']:.0f} "
-                            f"equal {row['equal_groups']:.2f}" + (f" errors {int(errors)}" if errors else ""))
+                            f"equal {row['equal_groups']:.2f}{f' errors {failed}' * bool(failed)}")
         bar.update()
         if c.save_every and (step % c.save_every == 0 or step == c.steps or stop):
-            train_sft.save(c, model, optimizer, step, {"cursor": cursor, "updates": updates})
-            saved = step
+            saved = save()
         alive()
     bar.close()
     if link:
         link.finish()
     if c.save_every and step > saved:  # a SIGTERM came while the generating ranks were waited for
-        train_sft.save(c, model, optimizer, step, {"cursor": cursor, "updates": updates})
+        save()
     if is_rank0():
-        picture = common.plot_metrics(out, ("reward", "length", "entropy", "gap_mean")) if step else ""
+        picture = common.plot_metrics(out, CURVES) if step else ""
         print(f"wrote {common.latest(out) or 'no checkpoint'}, {log.path}, {out / 'rollouts.txt'}, {picture}")
         print(f"stopped at step {step} of {c.steps}; go on with --resume" if step < c.steps else
               f"next: python evaluate.py {c.out}" if c.save_every else "next: the same without --save-every 0")

@@ -258,7 +258,7 @@ def test_rerouted_by_hand():
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 class Spread:
     """In place of rewards.Verifiers: rewards that differ inside a group, from the text alone."""
-    def __init__(self, n):
+    def __init__(self, n, judge=None):
         pass
 
     def score_many(self, items, timeout, between=None):
