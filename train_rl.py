@@ -145,18 +145,18 @@ class Config:
                 setattr(self, key, value)
         self.trainable = self.trainable or ["language_model"]
         assert self.group > 1, f"--group {self.group}: a group needs two responses to compare"
-        assert self.max_new_tokens > 0, f"--max-new-tokens {self.max_new_tokens} must be at least 1"
-        assert 0 <= self.overlong <= self.max_new_tokens, \
-            f"--overlong {self.overlong} must lie in 0..max_new_tokens {self.max_new_tokens}"
         assert self.temperature > 0, "--temperature 0 samples one response G times"
         for names, ok, what in (
-                ("prompts updates verifiers steps pack rollout_batch tp keep", lambda x: x >= 1, "must be at least 1"),
+                ("prompts updates max_new_tokens verifiers steps pack rollout_batch tp keep",
+                 lambda x: x >= 1, "must be at least 1"),
                 ("seed refill kl warmup weight_decay context rollout_ranks staleness threads save_every lr high",
                  lambda x: x >= 0, "cannot be negative"),
                 ("cap clip verify_seconds patience", lambda x: x > 0, "must be above 0"),
                 ("low decay", lambda x: 0 <= x <= 1, "must lie between 0 and 1")):
             for name in names.split():
                 assert ok(getattr(self, name)), f"--{name.replace('_', '-')} {getattr(self, name)} {what}"
+        assert 0 <= self.overlong <= self.max_new_tokens, \
+            f"--overlong {self.overlong} must lie in 0..max_new_tokens {self.max_new_tokens}"
         assert 0 < self.engine_memory < 1, f"--engine-memory {self.engine_memory} is a share between 0 and 1"
         assert bool(self.judge) == bool(self.judge_model), "--judge and --judge-model belong together"
         assert self.tp == 1 or not self.rollout_ranks and self.engine != "vllm-server", \

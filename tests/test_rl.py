@@ -19,6 +19,7 @@ from test_train import assert_same_state
 from test_upcycle import here
 
 import common
+import engine as engines
 import moe
 import rewards
 import train_rl
@@ -443,6 +444,222 @@ def test_two_ranks_update_as_one(experts, tmp_path):
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, rel=1e-5, abs=1e-5)
     assert one[2]["ratio_max"] > 1.01 and one[0]["engine_routers"] > 0.5 and one[1]["loss"] != 0
+
+
+# ---- a step's parts by hand -----------------------------------------------------------------------------------------
+def three_responses(**how):
+    """Two tokens each in one micro-batch of one group; the first carries its loss, the others do too unless how says
+    otherwise: config, model, tokenizer, responses."""
+    model = lively(SMALL, seed=2)
+    model.mixed_dtype, tok = torch.float32, SimpleNamespace(pad=0, image_pad=7)
+    c = train_rl.Config(recipe="grpo", model="", data=[], out="", prompts=1, group=3, pack=64, reduce="token", low=0.2,
+                        high=0.2, max_new_tokens=4, **how)
+    responses = [train_rl.Response(0, Doc(np.array([5, 6, *ids], np.int32), np.array([-100, -100, *ids], np.int32), [],
+                                          None), "", np.full(len(ids), -2.0, np.float32), truncated, advantage=a,
+                                   error=error)
+                 for ids, a, truncated, error in (([9, 2], 1.0, False, ""), ([8, 3, 4], -0.5, True, ""),
+                                                  ([11], -0.7, False, "no result within 30 s"))]
+    return c, model, tok, responses
+
+
+@pytest.mark.parametrize("mask_truncated", [False, True])
+def test_an_update_by_hand(mask_truncated):
+    """A response with an error, and a truncated one under --mask-truncated, neither count nor weigh; the others' loss
+    is -ratio A + kl (d - log d - 1) with d = first / now, a token each."""
+    c, model, tok, responses = three_responses(kl=0.3, mask_truncated=mask_truncated, correction="none")
+    counting = responses[:1 if mask_truncated else 2]
+    common.init_distributed()
+    try:
+        batches, counted = train_rl.update_part(c, responses, model, tok, torch.device("cpu"))
+        assert counted == (len(counting), *[sum(len(r.engine) for r in counting)] * 2)
+        batch, = batches
+        assert batch.mask.sum() == counted[1] and len(batch.mask) == 6
+        train_rl.recompute_old(model, batches, c)
+        batch.old, batch.first = batch.old - 0.1, batch.old + torch.linspace(-0.5, 0.5, 6)
+        now = batch.old + 0.1
+        ratio, log_d = math.exp(0.1), batch.first - now
+        k3 = log_d.exp() - log_d - 1
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        row = train_rl.update(c, model, optimizer, batches, counted, 0.0)
+    finally:
+        leave_group()
+    loss = ((-ratio * batch.advantage + 0.3 * k3) * batch.mask).sum() / counted[1]
+    assert row["loss"] == pytest.approx(loss.item(), abs=1e-5) and row["lr"] == 0.0
+    assert row["kl_first"] == pytest.approx((k3 * batch.mask).sum().item() / counted[1], abs=1e-5) and row["kl_first"]
+    assert row["ratio_mean"] == pytest.approx(ratio, abs=1e-5)
+
+
+def test_rewards_by_hand(quick):
+    """Overlong by 2 of a window of 4: half a point less. An error: the mean of the others of its group."""
+    c, _, _, responses = three_responses(overlong=4)
+    responses[1].engine, responses[2].engine = np.zeros(2, np.float32), np.zeros(4, np.float32)
+    responses[0].engine = np.zeros(0, np.float32)
+    given = [rewards.Result(1.0, 1.0, 1.0, ""), rewards.Result(0.9, 1.0, 0.0, ""),
+             rewards.Result(None, None, 0.0, None, "boom")]
+    asked = []
+
+    def score_many(self, items, timeout, between):
+        asked.extend(items)
+        return given
+    quick.setattr(Spread, "score_many", score_many)
+    responses[2].error = ""
+    row = {"answer": ["3"], "answer_type": "number", "problem": "How many?"}
+    train_rl.verify(c, Spread(1), responses, [(row, None)])
+    assert asked[0] == dict(response="", gold=["3"], answer_type="number", question="How many?")
+    assert [r.reward for r in responses] == pytest.approx([1.0, 0.4, 0.7]) and responses[2].error == "boom"
+    assert [r.accuracy for r in responses] == [1.0, 1.0, 0.0]
+    counts = train_rl.tally(replace(c, replay="engine"), responses, [(row, None)])
+    assert counts["error", "boom"] == 1 and counts["truncated"] == 1 and counts["tokens"] == 6
+    assert counts["reward", "number"] == counts["reward"] == pytest.approx(2.1) and counts["no experts"] == 3
+
+
+def test_controls_of_the_rewards(monkeypatch):
+    """shuffled: the batch's own rewards in an order of the step's own; random: none of them."""
+    seen = []
+    monkeypatch.setattr(train_rl, "advantages", lambda grouped, _: seen.append(grouped.flatten().tolist()) or grouped)
+    responses = [SimpleNamespace(reward=float(k)) for k in range(16)]
+    for kind, step in (("verified", 0), ("shuffled", 0), ("shuffled", 1), ("random", 0)):
+        c = train_rl.Config(recipe="dr-grpo", model="", data=[], out="", prompts=2, group=8, rewards=kind)
+        train_rl.assign_advantages(c, responses, step)
+        assert [r.advantage for r in responses] == seen[-1]
+    straight, first, second, noise = seen
+    assert straight == list(range(16)) == sorted(first) == sorted(second) and len({tuple(x) for x in seen}) == 4
+    assert len(set(noise)) == 16 and 0 <= min(noise) and max(noise) < 1
+
+
+def collected(pool: str, out: str) -> None:
+    """collect() of four groups with a made-up engine and verifier. -> out.RANK: what it kept and counted"""
+    common.init_distributed()
+    c = train_rl.Config(recipe="grpo", model="", data=[pool], out="", prompts=4, group=2, refill=4)
+    drawn = []
+
+    class Source:
+        bad = 0
+
+        def draw(self, cursor, n, share, shares):
+            new = [({"id": cursor + share + k * shares, "answer_type": "number"}, None) for k in range(n)]
+            drawn.append(n)
+            return new, cursor + n * shares
+
+    def roll_out(c, engine, drawn, tok, seed, between):
+        return [train_rl.Response(k, None, "", np.zeros(1), False) for k in range(len(drawn)) for _ in range(2)]
+
+    def verify(c, verifiers, responses, drawn, between):
+        for k, r in enumerate(responses):
+            r.accuracy = 1.0 if drawn[r.prompt][0]["id"] == 1 else float(k % 2)  # rank 1's first group has no spread
+            r.reward = r.accuracy + 0.1 * (k % 2)
+    train_rl.roll_out, train_rl.verify = roll_out, verify
+    kept, rows, counts, cursor = train_rl.collect(c, None, Source(), None, 0, 0, None, common.rank(), common.world())
+    mine, all_ = ({str(k): v for k, v in x.items()} for x in (counts, train_rl.summed(counts)))
+    own = dict(ids=[r["id"] for r in rows], kept=[r.prompt for r in kept], drawn=drawn, cursor=cursor, counts=mine,
+               all=all_)
+    Path(f"{out}.{common.rank()}").write_text(json.dumps(own))
+
+
+def test_ranks_refill_together(tmp_path):
+    """Of four groups one, rank 1's first, differs in the format alone: it is dropped. Both ranks draw once more and
+    keep what they find, all responses are in the sums."""
+    (tmp_path / "script.py").write_text(f"import sys; sys.path[:0] = {sys.path!r}; import common, test_rl\n"
+                                        "common.run(lambda: test_rl.collected(*sys.argv[1:]))")
+    launch(tmp_path / "script.py", "pool", tmp_path / "out", nproc=2)
+    a, b = (json.loads((tmp_path / f"out.{k}").read_text()) for k in (0, 1))
+    assert a["drawn"] == b["drawn"] == [2, 1] and a["cursor"] == b["cursor"] == 6
+    assert a["ids"] == [0, 2, 4] and b["ids"] == [3, 5] and a["kept"] == [0, 0, 1, 1, 2, 2]  # one more than four
+    assert a["counts"]["groups"] == b["counts"]["groups"] == 3 and b["counts"]["equal"] == 1
+    assert a["all"] == b["all"] and a["all"]["responses"] == 12
+    assert a["all"]["accuracy"] == 3 + 2 + 2 and a["all"]["('responses', 'number')"] == 12
+
+
+def test_the_learning_rate_that_is_logged(policy, toy, tmp_path, quick):
+    """Warm-up over two updates, then the last half of six steps falls. The engine has no use for the last weights."""
+    used, update, load, loads = [], train_rl.update, engines.TorchEngine.load, []
+    quick.setattr(engines.TorchEngine, "load", lambda *a: loads.append(1) or load(*a))
+    quick.setattr(train_rl, "update", lambda *a: used.append(a[-1]) or update(*a))
+    assert here(train_rl, *arguments(policy, toy, tmp_path / "x", "--recipe", "grpo", "--lr", 1, "--clip", 1e-9,
+                                     "--steps", 6, "--warmup", 2, "--decay", 0.5, "--save-every", 0)) == 0
+    assert used == pytest.approx([0.5, 1, 1, 1, 2 / 3, 1 / 3]) and [r["lr"] for r in rows(tmp_path / "x")] == used
+    assert len(loads) == 6 and (tmp_path / "x" / "curves.png").exists()
+
+
+def test_a_batch_that_is_all_right_is_logged_as_such(policy, toy, tmp_path, quick):
+    """Refill drops every group: nothing trains, but the reward is not 0. The judge's silence and the verifier's words
+    are in the log, the latter in rollouts.txt, too."""
+    quick.setattr(Spread, "score_many", lambda _, items, timeout, between: [
+        rewards.Result(1.0, 1.0, 1.0, "", by="rule, no judge: URLError" if k % 2 else "judge")
+        for k, _ in enumerate(items)])
+    run = arguments(policy, toy, tmp_path / "x", "--recipe", "grpo", "--judge", "http://localhost:9/v1",
+                    "--judge-model", "m", "--save-every", 1)
+    assert here(train_rl, *run, "--refill", 1, "--steps", 1) == 0
+    row, = rows(tmp_path / "x")
+    assert row["reward"] == row["accuracy"] == 1 and row["length"] > 0 and "loss" not in row and "lr" not in row
+    assert (row["responses"], row["made"], row["equal_groups"], row["judge_failed"]) == (0, 32, 1, 0.5)
+    assert set(row["by_type"].values()) == {1} and row["verifier_error"] == ""
+    quick.setattr(Spread, "score_many", lambda _, items, timeout, between: [
+        rewards.Result(None, None, 0.0, None, "boom") for _ in items])
+    assert here(train_rl, *run, "--refill", 0, "--steps", 2, "--resume") == 0
+    assert rows(tmp_path / "x")[1]["verifier_error"] == "boom" and rows(tmp_path / "x")[1]["verifier_errors"] == 16
+    assert "tokens, truncated, error: boom\n" in (tmp_path / "x" / "rollouts.txt").read_text()
+
+
+def test_experts_that_the_engine_does_not_tell(experts, toy, tmp_path, quick):
+    """One response's are None: the router chooses for it, and it is counted."""
+    generate = engines.TorchEngine.generate
+
+    def without(*args):
+        out = generate(*args)
+        out[0][0].experts = None
+        return out
+    quick.setattr(engines.TorchEngine, "generate", without)
+    assert here(train_rl, *arguments(experts, toy, tmp_path / "x", "--recipe", "grpo", "--replay", "engine", "--steps",
+                                     1)) == 0
+    row, = rows(tmp_path / "x")
+    assert row["no_experts"] == 1 and row["engine_routers"] == 0 and row["grad_norm"] > 0
+
+
+def test_dice_differ_between_batches_and_ranks():
+    """The torch engine's seeds for three batches, with the seeds that two neighbouring ranks have."""
+    seeds = []
+
+    class Model:
+        def generate(self, ids, *_, seed, **how):
+            seeds.append(seed)
+            return [[1]] * len(ids), [[0.0]] * len(ids), None
+    engine = engines.TorchEngine.__new__(engines.TorchEngine)
+    engine.model, engine.batch, engine.experts = Model(), 1, False
+    for seed in (7, 8, 2 ** 60):
+        engine.generate([Doc(np.array([1]), np.array([1]), [], None)] * 3, 1, engines.Sampling(1, ()), seed)
+    assert len(set(seeds)) == 9 and all(0 <= s < 2 ** 63 for s in seeds)
+
+
+@pytest.mark.parametrize("given, text", [
+    (dict(max_new_tokens=0), "max-new-tokens 0"), (dict(updates=0), "updates 0"), (dict(seed=-1), "seed -1"),
+    (dict(refill=-1), "refill -1"), (dict(prompts=0), "prompts 0"), (dict(prompts=-4), "prompts -4"),
+    (dict(clip=0.0), "clip 0.0"), (dict(low=2.0), "low 2.0"), (dict(high=-0.5), "high -0.5"),
+    (dict(cap=0.0), "cap 0.0"), (dict(decay=2.0), "decay 2.0"), (dict(engine="vllm-server", tp=2), "tp 2"),
+    (dict(judge="url"), "belong together")])
+def test_wrong_settings(given, text):
+    with pytest.raises(AssertionError, match=text):
+        train_rl.Config(recipe="grpo", model="", data=[""], out="", **given)
+
+
+@pytest.mark.parametrize("answer, right", [([3], ["3"]), (3, ["3"]), ("3", ["3"]), (["3", "three"], ["3", "three"])])
+def test_right_answers_are_texts(policy, tmp_path, answer, right):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(dict(
+        problem="How many?", answer=answer, problem_type="counting", answer_type="number", source="made", images=[],
+        prompt_type="default")) + "\n")
+    c = train_rl.Config(recipe="grpo", model="", data=[str(tmp_path)], out="", max_new_tokens=4)
+    row, _ = train_rl.Prompts(c, Tokenizer(policy), 4096).read(0)
+    assert row["answer"] == right and rewards.reward("<answer>3</answer>", row["answer"], "number").accuracy == 1
+
+
+def test_resume_asks_for_the_same_run(policy, toy, tmp_path):
+    def config(**how):
+        return train_rl.Config(**{**dict(recipe="grpo", model=str(policy), data=["a", "b"], out=""), **how})
+    common.write_json(tmp_path / "trainer.json", {"config": vars(config())})
+    train_rl.check_resumed(config(data=[os.path.abspath("a"), "b"], steps=7, lr=1.0, refill=3), tmp_path)
+    for name, value in dict(recipe="dapo", model="other", data=["a"], seed=5, plain=True, tokenizer="t").items():
+        with pytest.raises(common.UserError, match=f"--{name} .*, now "):
+            train_rl.check_resumed(config(**{name: value}), tmp_path)
 
 
 def test_wrong_input_ends_in_one_line(policy, toy, tmp_path):
