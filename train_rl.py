@@ -636,12 +636,10 @@ def main() -> None:
 def check_resumed(c: Config, folder: Path) -> None:
     """An error if the run of this checkpoint had another model, other data or another order."""
     then = json.loads((folder / "trainer.json").read_text())["config"]
-    def whole(name, x): return ([os.path.abspath(p) for p in ([x] if isinstance(x, str) else x) if p]
-                                if name in ("model", "tokenizer", "data") else x)
     for name in ("recipe", "model", "tokenizer", "data", "seed", "plain"):
-        old, new = then[name], getattr(c, name)
-        if whole(name, old) != whole(name, new):
-            raise UserError(f"{folder} is of a run with --{name} {old}, now {new}; choose another --out")
+        if then[name] != getattr(c, name):
+            raise UserError(f"{folder} is of a run with --{name} {then[name]}, now {getattr(c, name)}; give the same, "
+                            "or choose another --out")
 
 
 def train(c: Config, closing: contextlib.ExitStack) -> None:

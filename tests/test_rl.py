@@ -652,11 +652,20 @@ def test_right_answers_are_texts(policy, tmp_path, answer, right):
     assert row["answer"] == right and rewards.reward("<answer>3</answer>", row["answer"], "number").accuracy == 1
 
 
+def test_patience_reaches_the_process_group(monkeypatch):
+    waits = []
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda _, timeout: waits.append(timeout.seconds))
+    for patience in (7200, 5):
+        common.init_distributed(patience)
+    assert waits == [7200, 1800]
+
+
 def test_resume_asks_for_the_same_run(policy, toy, tmp_path):
     def config(**how):
         return train_rl.Config(**{**dict(recipe="grpo", model=str(policy), data=["a", "b"], out=""), **how})
     common.write_json(tmp_path / "trainer.json", {"config": vars(config())})
-    train_rl.check_resumed(config(data=[os.path.abspath("a"), "b"], steps=7, lr=1.0, refill=3), tmp_path)
+    train_rl.check_resumed(config(steps=7, lr=1.0, refill=3), tmp_path)
     for name, value in dict(recipe="dapo", model="other", data=["a"], seed=5, plain=True, tokenizer="t").items():
         with pytest.raises(common.UserError, match=f"--{name} .*, now "):
             train_rl.check_resumed(config(**{name: value}), tmp_path)
