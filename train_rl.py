@@ -634,12 +634,14 @@ def main() -> None:
 
 
 def check_resumed(c: Config, folder: Path) -> None:
-    """An error if the run of this checkpoint had another model, other data or another order."""
+    """An error if the run of this checkpoint was another one. Its files may have moved: that is said."""
     then = json.loads((folder / "trainer.json").read_text())["config"]
-    for name in ("recipe", "model", "tokenizer", "data", "seed", "plain"):
+    for name in ("recipe", "seed", "plain", "data", "tokenizer", "model"):
         if then[name] != getattr(c, name):
-            raise UserError(f"{folder} is of a run with --{name} {then[name]}, now {getattr(c, name)}; give the same, "
-                            "or choose another --out")
+            says = f"{folder} is of a run with --{name} {then[name]}, now {getattr(c, name)}"
+            if name in ("recipe", "seed", "plain") or name == "model" and c.kl:
+                raise UserError(f"{says}; give the same, or choose another --out")
+            print0(f"{says}: the prompts' order and the weights are that run's")
 
 
 def train(c: Config, closing: contextlib.ExitStack) -> None:

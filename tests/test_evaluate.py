@@ -462,7 +462,7 @@ def test_documents_that_are_not_there_cost_no_other_task(checkpoint, world, arc,
     assert found() == ["toy", "arc_easy"]
     before = (tmp_path / "out/results.json").read_bytes()
     with pytest.raises(SystemExit) as e:
-        run_here(monkeypatch, checkpoint, *COMMON[2:], "--tasks", "bbh", "--data-root", world, "--out", tmp_path / "out")
+        run_here(monkeypatch, checkpoint, *COMMON[2:], "--tasks", "bbh", "--data-root", world, *args[-2:])
     assert e.value.code == 3 and "nothing was evaluated" in capsys.readouterr().out
     assert (tmp_path / "out/results.json").read_bytes() == before
 

@@ -661,14 +661,20 @@ def test_patience_reaches_the_process_group(monkeypatch):
     assert waits == [7200, 1800]
 
 
-def test_resume_asks_for_the_same_run(policy, toy, tmp_path):
+def test_resume_asks_for_the_same_run(policy, toy, tmp_path, capsys):
     def config(**how):
         return train_rl.Config(**{**dict(recipe="grpo", model=str(policy), data=["a", "b"], out=""), **how})
     common.write_json(tmp_path / "trainer.json", {"config": vars(config())})
     train_rl.check_resumed(config(steps=7, lr=1.0, refill=3), tmp_path)
-    for name, value in dict(recipe="dapo", model="other", data=["a"], seed=5, plain=True, tokenizer="t").items():
+    assert capsys.readouterr().out == ""
+    for name, value in dict(recipe="dapo", seed=5, plain=True).items():
         with pytest.raises(common.UserError, match=f"--{name} .*, now "):
             train_rl.check_resumed(config(**{name: value}), tmp_path)
+    with pytest.raises(common.UserError, match="--model .*, now other"):  # the KL term would be to another model
+        train_rl.check_resumed(config(model="other", kl=0.1), tmp_path)
+    for name, value in dict(model="moved", data=["moved"], tokenizer="moved").items():
+        train_rl.check_resumed(config(**{name: value}), tmp_path)
+        assert f"--{name} " in capsys.readouterr().out
 
 
 def test_wrong_input_ends_in_one_line(policy, toy, tmp_path):
