@@ -467,12 +467,12 @@ class Innovator(nn.Module):
         last = docs.cu[1:].long() - 1
         new, alive, logps = [[] for _ in range(B * n)], [True] * B * n, [[] for _ in range(B * n)]
         rows, read = list(range(B * n)), []  # the sequence of every row of the batch; its choices of experts
-        for _ in range(max_new_tokens):
+        for step in range(max_new_tokens):
             labels = torch.full((len(x),), len(self.config.expert_groups), device=device) if experts else None
             h, routing = self.model(x, positions, docs, impl, cache, labels)
             read += [(rows, routing[2].transpose(0, 1))] if experts else []  # [prompts' tokens or rows, L, k]
             logits = self.lm_head(h[last]).float()  # [B n, V]
-            if n > 1 and len(logits) == B:
+            if n > 1 and not step:
                 logits = logits.repeat_interleave(n, 0)
                 cache.repeat(n)
             ids = sample(logits, temperature, top_p, top_k, generator)

@@ -25,7 +25,7 @@ import rewards
 import train_rl
 import train_sft
 from data import Doc, Tokenizer, collate, to_device
-from model import PRESETS, Innovator
+from model import PRESETS, Innovator, KVCache
 from vision import VisionConfig
 
 LENGTHS = [3, 1, 2]  # a response each; advantages, ratios in and out of the clip on both sides
@@ -136,6 +136,19 @@ def test_n_continuations_are_those_of_the_prompt_n_times():
     a, b = generate(model, patches, PROMPTS, OF_PROMPT, n=3, **how), generate(model, patches, thrice, which, **how)
     assert a[0] == b[0] and len({tuple(new) for new in a[0]}) > 6 and len({len(new) for new in a[0]}) > 3
     close(torch.tensor(sum(a[1], [])), torch.tensor(sum(b[1], [])), 1e-4)
+
+
+def test_as_many_continuations_left_as_prompts_are_still_their_own(monkeypatch):
+    """Those that ended leave the batch; once the batch had as many rows as there are prompts, it was spread again."""
+    (model, patches), left, keep = eyes(), [], KVCache.keep
+    monkeypatch.setattr(KVCache, "keep", lambda self, rows: left.append(len(rows)) or keep(self, rows))
+    thrice, which = [p for p in PROMPTS for _ in range(3)], [w for w in OF_PROMPT for _ in range(3)]
+    for seed in range(30):
+        how = dict(temperature=1.5, seed=seed, logprobs=True, stop_ids=range(0, 128, 4))
+        a, b = generate(model, patches, PROMPTS, OF_PROMPT, n=3, **how), generate(model, patches, thrice, which, **how)
+        assert a[0] == b[0]
+        close(torch.tensor(sum(a[1], [])), torch.tensor(sum(b[1], [])), 1e-4)
+    assert len(PROMPTS) in left
 
 
 def test_generated_probabilities_and_experts_are_those_of_a_full_forward():
