@@ -278,7 +278,7 @@ def rl(c: RL) -> None:
     vocabulary = tokenizers.models.WordLevel({t: k for k, t in enumerate(special)}, unk_token=special[0])
     tokenizers.Tokenizer(vocabulary).save(str(folder / "tokenizer.json"))
     model = random_model(c, folder, folder / "model", device) if c.model.startswith("preset:") else c.model
-    config, every = config_of(model), []
+    config = config_of(model)
     assert not config.num_experts and config.vision is None, f"{c.model}: rl compares dense text models"
     r = train_rl.Config(recipe=c.recipe, model=model, data=[], out="", prompts=c.prompts, group=c.group,
                         updates=c.updates, max_new_tokens=c.longest, pack=c.pack, overlong=0, mask_truncated=False,

@@ -235,9 +235,9 @@ class VllmEngine:
     def generate(self, docs: list[Doc], n: int, s: Sampling, seed: int, between=lambda: None):
         if self.group is None:
             return [own for _, own in sorted(self.stream(docs, n, s, len(docs), between), key=lambda x: x[0])]
-        parts, start = [None] * self.tp, dist.get_rank(self.group)  # all ranks of a group ask for the prompts of all
+        parts = [None] * self.tp  # all ranks of a group ask for the prompts of all
         dist.all_gather_object(parts, docs, group=self.group)
-        start = sum(len(part) for part in parts[:start])
+        start = sum(len(part) for part in parts[:dist.get_rank(self.group)])
         every = [doc for part in parts for doc in part]
         done = dict(self.stream(every, n, s, len(every), between))
         return [done[k] for k in range(start, start + len(docs))]

@@ -641,7 +641,7 @@ def check_resumed(c: Config, folder: Path) -> None:
             says = f"{folder} is of a run with --{name} {then[name]}, now {getattr(c, name)}"
             if name in ("recipe", "seed", "plain") or name == "model" and c.kl:
                 raise UserError(f"{says}; give the same, or choose another --out")
-            print0(f"{says}: the prompts' order and the weights are that run's")
+            print0(f"{says}: that run's weights and its place in the order of the prompts go on")
 
 
 def train(c: Config, closing: contextlib.ExitStack) -> None:
@@ -710,7 +710,7 @@ def train(c: Config, closing: contextlib.ExitStack) -> None:
 
     def save() -> int:
         train_sft.save(c, model, optimizer, step, {"cursor": cursor, "updates": updates})
-        if is_rank0():
+        if is_rank0() and step < c.steps:  # the end draws it anyway
             common.plot_metrics(out, CURVES)
         return step
     def rate(): return c.lr * min(1.0, updates / max(c.warmup, 1), (c.steps - step) / max(c.decay * c.steps, 1))
