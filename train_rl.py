@@ -122,7 +122,7 @@ class Config:
     engine_memory: float = 0.3  # share of the GPU's memory that vLLM may take, its weights included
     context: int = 0  # longest prompt + response of vLLM, 0: the model's context
     tp: int = 1  # neighbouring ranks that share one vLLM
-    eager: bool = False  # vLLM without CUDA graphs: starts sooner, generates slower
+    optimize: Literal["none", "graphs", "compile"] = "compile"  # of vLLM: CUDA graphs, torch.compile (a minute)
     rollout_ranks: int = 0  # ranks that only generate, ahead of the others; vllm-server: default half of them
     staleness: int = 1  # versions of the weights that these may be behind when they begin a batch
     patience: float = 1800.0  # seconds without a sign of life from the engine or from a rank, then the run ends
@@ -287,7 +287,7 @@ def make_engine(c, config, dtype, device, out: Path):
     if c.engine == "torch":
         return engines.TorchEngine(*given, batch=c.rollout_batch)
     return engines.VllmEngine(*given, context=c.context or config.max_position_embeddings, memory=c.engine_memory,
-                              tp=c.tp, eager=c.eager, seed=c.seed, out=out)
+                              tp=c.tp, optimize=c.optimize, seed=c.seed, out=out)
 
 
 def make_verifiers(c: Config) -> rewards.Verifiers:
