@@ -237,32 +237,6 @@ def key_of(doc: dict, task: Task, c: Config, weights: str) -> str:
 
 
 # ---- the model answers ----------------------------------------------------------------------------------------------
-def models(c: Config, config, folder: Path, device: torch.device, longest: int, out: Path, closing):
-    """Functions that load, when they are first called: the engine that generates, and model.py's model."""
-    dtype = DTYPES[c.dtype]
-
-    @functools.cache
-    def engine():
-        if c.engine == "torch":
-            e = engines.TorchEngine(config, dtype, device, c.attention, batch=c.batch)
-            load_weights(e.model, folder)
-            return e
-        own.cache_clear()
-        gc.collect()
-        torch.cuda.empty_cache()
-        e = engines.VllmEngine(config, dtype, device, c.attention, context=longest, memory=c.engine_memory,
-                               optimize=c.optimize, seed=c.seed, out=out)
-        closing.callback(e.close)
-        weights = Innovator.from_pretrained(folder, dtype)  # in host memory: the GPU's is the engine's
-        e.load((name, p.to(device)) for name, p in gathered(weights, dtype))
-        return e
-
-    @functools.cache
-    def own():
-        return engine().model if c.engine == "torch" else Innovator.from_pretrained(folder, dtype, device, c.attention)
-    return engine, own
-
-
 def respond(engine, tok: Tokenizer, task: Task, together: int, seed: int, batches):
     """(document, its responses) pairs as they come. A stop string ends a response and is no part of it."""
     tail = max(map(len, task.stop), default=0) + 8  # a token is a byte or more
@@ -330,6 +304,50 @@ def compare(model: Innovator, asked: list[list[tuple[list[int], list[int]]]]) ->
             sums[d][o] += logp
             greedy[d][o] &= hit
     return [{"loglikelihood": list(zip(*two))} for two in zip(sums, greedy)]
+
+
+def opened(c: Config, checkpoint: str, device: torch.device, out: Path, closing):
+    """The checkpoint's entries of results.json, its tokenizer, and two functions of a task: reader(task)(doc, decode)
+    is what the model gets of a document; answerer(task) makes answers of batches of those."""
+    folder, dtype = checkpoint_folder(checkpoint), DTYPES[c.dtype]
+    config, tok = config_of(folder), Tokenizer(folder)
+    longest = c.context or config.max_position_embeddings
+    assert config.vision is None or tok.image_pad == config.image_token_id, \
+        f"<|image_pad|> is {tok.image_pad} in the tokenizer, {config.image_token_id} in config.json"
+    info = {"checkpoint": str(folder), "weights": checkpoint_hash(folder),
+            "config": {k: v for k, v in asdict(c).items() if k not in FREE}}
+
+    @functools.cache  # loads when it is first called
+    def engine():
+        if c.engine == "torch":
+            e = engines.TorchEngine(config, dtype, device, c.attention, batch=c.batch)
+            load_weights(e.model, folder)
+            return e
+        own.cache_clear()  # log-likelihoods came first: their model leaves the GPU
+        gc.collect()
+        torch.cuda.empty_cache()
+        e = engines.VllmEngine(config, dtype, device, c.attention, context=longest, memory=c.engine_memory,
+                               optimize=c.optimize, seed=c.seed, out=out)
+        closing.callback(e.close)
+        weights = Innovator.from_pretrained(folder, dtype)  # in host memory: the GPU's is the engine's
+        e.load((name, p.to(device)) for name, p in gathered(weights, dtype))
+        return e
+
+    @functools.cache
+    def own():
+        return engine().model if c.engine == "torch" else Innovator.from_pretrained(folder, dtype, device, c.attention)
+
+    def reader(task):
+        if task.request == "loglikelihood":
+            return functools.partial(pairs_of, tok=tok, longest=longest)
+        return functools.partial(prompt_of, task=task, tok=tok, config=config, longest=longest, chat=c.chat)
+
+    def answerer(task):
+        if task.request == "loglikelihood":
+            return lambda batches: (zip((d for d, _ in asked), compare(own(), [p for _, p in asked]))
+                                    for _, asked in batches)
+        return lambda batches: respond(engine(), tok, task, max(c.batch // task.samples, 1), c.seed, batches)
+    return info, tok, reader, answerer
 
 
 # ---- responses on disk ----------------------------------------------------------------------------------------------
@@ -504,28 +522,57 @@ def described(name: str, task: Task, metric: str, prompt: str, chat: bool) -> di
             "limits": asdict(task.limits), "chat": chat, "prompt": prompt}
 
 
+def started(info: dict, old: dict | None, out: Path) -> dict:
+    """results.json without what is of the whole; with an earlier run's other tasks, if all else was the same."""
+    r = {k: {} for k in ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better",
+                         "n-samples", "task_hashes")}
+    if old and all(old.get(k) == info[k] for k in ("weights", "config")):
+        return {k: dict(old[k]) for k in r}
+    if old:
+        print0(f"{out / 'results.json'} held {', '.join(old['results']) or 'nothing'}, of another checkpoint or with "
+               "other settings: only their samples stay")
+    return r
+
+
+def keep(out: Path, name: str, result: dict, done: list[dict], left: list[dict]) -> None:
+    """Writes a task's samples in the place of the ranks' responses and prints what went wrong."""
+    write_samples(out, name, done, left)
+    print_errors(name, [s for s in done if s["error"] not in (None, NO_LABEL)])
+    if unlabelled := sum(s["error"] == NO_LABEL for s in done):
+        print(f"{name}: the right answers to {unlabelled} documents are not published; the responses are in "
+              f"samples_{name}.jsonl")
+    if failed := result.get("judge_failed"):
+        print(f"{name}: the judge did not decide on {failed} responses, the rule did: "
+              f"{next(w for s in done for w in s['judge'] if 'no judge' in w)}; --rescore asks again")
+
+
+def finish(c: Config, r: dict, info: dict, stamp: dict, evaluated: list[str], out: Path) -> None:
+    """Averages of groups, the files and the tables."""
+    r = {k: {n: v[n] for n in TASKS if n in v} for k, v in r.items()}  # in the table's order
+    r["groups"] = group_results(r["results"])
+    r["group_subtasks"] = {g: list(GROUPS[x["alias"]].members) for g, x in r["groups"].items()}
+    text = tables(r, c.published)
+    with writing(out / "results.json"):
+        common.write_json(out / "results.json", r | info | {"root": str(Path(c.data_root))} | stamp)
+        (out / "results.md").write_text(text)
+    print(f"\n{text}")
+    if c.limit or c.samples:
+        print("a part of the documents only: these are no scores to report")
+    for g in GROUPS:
+        names = expand([g])
+        if set(names) <= set(c.tasks) and not any(x["alias"] == g for x in r["groups"].values()):
+            print(f"no average of {g}: {', '.join(n for n in names if n not in evaluated)} without a score")
+
+
 def run(c: Config, checkpoint: str, out: Path, device: torch.device, wait, closing) -> int:
     """All tasks. -> exit code"""
-    root, began = Path(c.data_root), time.perf_counter()
-    old = saved_results(out)
+    root, began, old = Path(c.data_root), time.perf_counter(), saved_results(out)
     if c.rescore:
         if gone := [name for name in c.tasks if name not in old["results"]]:
             raise UserError(f"{out / 'results.json'} has no {', '.join(gone)}: run it again, saved responses are used")
         info = {k: old[k] for k in ("checkpoint", "weights", "config")}
     else:
-        folder = checkpoint_folder(checkpoint)
-        config, tok = config_of(folder), Tokenizer(folder)
-        longest = c.context or config.max_position_embeddings
-        assert config.vision is None or tok.image_pad == config.image_token_id, \
-            f"<|image_pad|> is {tok.image_pad} in the tokenizer, {config.image_token_id} in config.json"
-        info = {"checkpoint": str(folder), "weights": checkpoint_hash(folder),
-                "config": {k: v for k, v in asdict(c).items() if k not in FREE}}
-        engine, own = models(c, config, folder, device, longest, out, closing)
-
-    def reader(task):
-        if task.request == "loglikelihood":
-            return functools.partial(pairs_of, tok=tok, longest=longest)
-        return functools.partial(prompt_of, task=task, tok=tok, config=config, longest=longest, chat=c.chat)
+        info, tok, reader, answerer = opened(c, checkpoint, device, out, closing)
     if c.show:
         name, = expand([c.show])
         docs, task = documents(name, root, c.task(name).shots), c.task(name)
@@ -535,13 +582,7 @@ def run(c: Config, checkpoint: str, out: Path, device: torch.device, wait, closi
             raise UserError(f"{name}: its first document cannot be asked: {e}") from None
         return 0
 
-    r = {k: {} for k in ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better",
-                         "n-samples", "task_hashes")}
-    if old and all(old.get(k) == info[k] for k in ("weights", "config")):
-        r = {k: dict(old[k]) for k in r}  # other tasks stay
-    elif old and is_rank0():
-        print(f"{out / 'results.json'} held {', '.join(old['results']) or 'nothing'}, of another checkpoint or with "
-              "other settings: only their samples stay")
+    r = started(info, old, out)
     judge = Judge(c.judge, c.judge_model, str(out / "judge"), os.environ.get("OPENAI_API_KEY", ""))
     if is_rank0():
         out.mkdir(parents=True, exist_ok=True)
@@ -563,13 +604,9 @@ def run(c: Config, checkpoint: str, out: Path, device: torch.device, wait, closi
                 for path in [out / f"samples_{name}.jsonl", *out.glob(f"responses_{name}.rank*.jsonl")]:
                     path.unlink(missing_ok=True)
             wait()
-            def answer(batches):
-                if task.request == "generate":
-                    return respond(engine(), tok, task, max(c.batch // task.samples, 1), c.seed, batches)
-                return (zip((d for d, _ in asked), compare(own(), [p for _, p in asked])) for _, asked in batches)
             keys = {d["id"]: key_of(d, task, c, info["weights"]) for d in every}
             size = 16 if c.engine == "vllm" else max(c.batch // task.samples, 1)  # vLLM takes more as it has room
-            found = collect(name, asked, keys, out, size, reader(task), answer, wait)
+            found = collect(name, asked, keys, out, size, reader(task), answerer(task), wait)
             rows = {d["id"]: found.pop(keys[d["id"]]) for d in asked} if is_rank0() else {}
             left = [row for row in found.values() if answered(row)]
         if not is_rank0():
@@ -578,20 +615,12 @@ def run(c: Config, checkpoint: str, out: Path, device: torch.device, wait, closi
             done, each = zip(*(graded(d, rows[d["id"]]) for d in asked))
             if c.judge and task.judge:
                 ask_judge(judge, asked, done, each)
-            result = summary(name, task, asked, done, each)
+            r["results"][name] = summary(name, task, asked, done, each)
         except UserError as e:  # a library for molecules is not installed: the responses stay
             lacking[name] = f"{name}: {e}; its responses are kept: run again afterwards"
             continue
-        write_samples(out, name, done, left)
-        print_errors(name, [s for s in done if s["error"] not in (None, NO_LABEL)])
-        if unlabelled := sum(s["error"] == NO_LABEL for s in done):
-            print(f"{name}: the right answers to {unlabelled} documents are not published; the responses are in "
-                  f"samples_{name}.jsonl")
+        keep(out, name, r["results"][name], done, left)
         evaluated.append(name)
-        if failed := result.get("judge_failed"):
-            print(f"{name}: the judge did not decide on {failed} responses, the rule did: "
-                  f"{next(w for s in done for w in s['judge'] if 'no judge' in w)}; --rescore asks again")
-        r["results"][name] = result
         r["versions"][name], r["n-shot"][name] = task.version, task.shots
         r["higher_is_better"][name] = {m: m not in LOWER_IS_BETTER for m in metrics(r["results"][name])}
         r["n-samples"][name] = {"original": len(every), "effective": len(asked)}
@@ -604,25 +633,11 @@ def run(c: Config, checkpoint: str, out: Path, device: torch.device, wait, closi
             chat = bool(asked[0]["messages"]) or c.chat and task.request == "generate"
             r["configs"][name] = described(name, task, metrics(r["results"][name])[0], prompt, chat)
 
-    if is_rank0() and evaluated:
-        r = {k: {n: v[n] for n in TASKS if n in v} for k, v in r.items()}  # in the table's order
-        r["groups"] = group_results(r["results"])
-        r["group_subtasks"] = {g: list(GROUPS[x["alias"]].members) for g, x in r["groups"].items()}
-        stamp = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "git_hash": common.commit(),
-                 "total_evaluation_time_seconds": round(time.perf_counter() - began, 1)}
-        text = tables(r, c.published)
-        with writing(out / "results.json"):
-            common.write_json(out / "results.json", r | info | {"root": str(root)} |
-                              ({k: old[k] for k in stamp} if c.rescore else stamp))
-            (out / "results.md").write_text(text)
-        print(f"\n{text}")
-        if c.limit or c.samples:
-            print("a part of the documents only: these are no scores to report")
-        for g in GROUPS:
-            names = expand([g])
-            if set(names) <= set(c.tasks) and not any(x["alias"] == g for x in r["groups"].values()):
-                print(f"no average of {g}: {', '.join(n for n in names if n not in evaluated)} without a score")
     if is_rank0():
+        if evaluated:
+            stamp = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "git_hash": common.commit(),
+                     "total_evaluation_time_seconds": round(time.perf_counter() - began, 1)}
+            finish(c, r, info, {k: old[k] for k in stamp} if c.rescore else stamp, evaluated, out)
         for lack in lacking.values():
             print(f"not evaluated: {lack}")
         print(f"wrote {out / 'results.json'}, results.md, samples_TASK.jsonl\nnext: python chat.py "
