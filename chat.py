@@ -1,23 +1,40 @@
-"""Talks to a checkpoint: one question on the command line, or a conversation.
+"""Talks to a checkpoint: one question on the command line, a conversation, or a server that other programs ask.
 
     python chat.py runs/instruct --image cell.png What is in the middle of the picture?
     python chat.py runs/instruct                      # /image FILE adds a picture, /new starts over, an empty line ends
     python chat.py runs/instruct < questions.txt      # one line, one turn of the conversation
+    python chat.py runs/instruct --serve 8000         # POST /v1/chat/completions as of OpenAI's servers
 
 The answer streams to stdout. The checkpoint is a Hugging Face folder or the folder of a training run (its newest
 checkpoint). Words that are not options are the question; --image takes the following names that end like a picture's.
+
+The server is for lmms-eval, lm-evaluation-harness, --judge and scripts: it answers the requests that wait together, and
+has no keys and no streaming. Pictures come inside the messages (data: URLs), in their place in the text. max_tokens,
+temperature, top_p, n and stop of a request go before the options here; its seed is not used. What cannot be answered
+gets status 400 and one line.
 """
+import base64
+import itertools
+import json
+import queue
+import re
 import sys
+import threading
+import time
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
 
 import common
+import engine as engines
 from common import UserError
 from data import BadRow, Limits, Tokenizer, encode, normalise
-from model import Innovator, checkpoint_folder
+from model import Innovator, checkpoint_folder, config_of
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -33,12 +50,20 @@ class Config:
     seed: int = 0  # of the sampling
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a GPU if there is one
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on GPUs, fp32 on CPUs
+    serve: int = 0  # port of a server in the place of a conversation
+    host: str = "127.0.0.1"  # address that it listens at; 0.0.0.0: all, for other machines
+    engine: Literal["auto", "torch", "vllm"] = "auto"  # of the server; auto: vllm on GPUs, torch on CPUs
+    batch: int = 64  # requests that the server answers together
+    max_pixels: int = 0  # area that the server reduces pictures to, 0: the model's
 
     def __post_init__(self):
         assert self.max_new_tokens > 0, f"--max-new-tokens {self.max_new_tokens} must be positive"
         assert self.temperature >= 0, f"--temperature {self.temperature} must not be negative"
         assert 0 < self.top_p <= 1, f"--top-p {self.top_p} must lie in 0..1, above 0"
         assert self.top_k >= 0, f"--top-k {self.top_k} must not be negative"
+        assert 0 <= self.serve < 65536, f"--serve {self.serve} is no port"
+        assert self.batch > 0, f"--batch {self.batch} must be positive"
+        assert self.max_pixels >= 0, f"--max-pixels {self.max_pixels} must not be negative"
 
 
 def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -89,6 +114,135 @@ def opened(file: str, tok: Tokenizer) -> Path:
     return Path(file)
 
 
+# ---- server ---------------------------------------------------------------------------------------------------------
+def conversation(messages) -> tuple[list[dict], list[bytes]]:
+    """OpenAI's messages as ours, <image> in the place of a picture, and the pictures."""
+    out, images = [], []
+    for k, m in enumerate(messages):
+        text, parts = "", m["content"]
+        for part in [{"type": "text", "text": parts}] if isinstance(parts, str) else parts:
+            if part["type"] == "text":
+                text += part["text"].replace("<image>", "< image >")
+                continue
+            url = part["image_url"]["url"] if part["type"] == "image_url" else ""
+            if m["role"] != "user" or not re.match(r"data:image/[\w.+-]+;base64,", url):
+                raise BadRow(f"message {k}: a part is neither text nor a user's picture as a data:image/...;base64 URL")
+            images.append(base64.b64decode(url.partition(",")[2]))
+            text += "<image>"
+        out.append({"role": m["role"], "content": text})
+    if not out or out[-1]["role"] != "user" or any(m["role"] not in ("system", "user", "assistant") for m in out):
+        raise BadRow("messages: roles are system, user and assistant, and the last is user")
+    return out, images
+
+
+def understood(body: bytes, c: Config, tok: Tokenizer, longest: int) -> SimpleNamespace:
+    """A request: its prompt, and its sampling as engine.respond takes it. Raises BadRow, and what bad JSON raises."""
+    r = json.loads(body)
+    if r.get("stream"):
+        raise BadRow("stream: this server answers as a whole")
+    given = {k: v for k, v in r.items() if v is not None}
+    stop = given.get("stop", [])
+    task = dict(budget=int(given.get("max_completion_tokens", given.get("max_tokens", c.max_new_tokens))),
+                samples=int(given.get("n", 1)), temperature=float(given.get("temperature", c.temperature)),
+                top_p=float(given.get("top_p", c.top_p)), stop=tuple([stop] if isinstance(stop, str) else stop))
+    if task["budget"] < 1 or task["temperature"] < 0 or not 0 < task["top_p"] <= 1 or "" in task["stop"]:
+        raise BadRow("max_tokens is positive, temperature not negative, top_p above 0 and at most 1, stop not empty")
+    if not 1 <= task["samples"] <= 128 or task["samples"] > 1 and not task["temperature"]:
+        raise BadRow("n is 1 to 128, and 1 at temperature 0")
+    limits = Limits(max_pixels=c.max_pixels) if c.max_pixels else Limits()
+    messages, images = conversation(r["messages"])
+    if c.system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": c.system}, *messages]
+    prompt = encode(messages, images, tok, limits, generate=True)
+    if len(prompt.ids) + task["budget"] > longest:
+        raise BadRow(f"prompt of {len(prompt.ids)} + {task['budget']} new tokens exceed the context {longest}")
+    return SimpleNamespace(prompt=prompt, task=task, future=Future())
+
+
+def completion(model: str, request: SimpleNamespace) -> dict:
+    """The answer in OpenAI's form; raises what went wrong."""
+    said = request.future.result()["responses"]
+    read, new = len(request.prompt.ids), sum(x["tokens"] for x in said)
+    return {"id": f"chatcmpl-{id(request):x}", "object": "chat.completion", "created": int(time.time()), "model": model,
+            "choices": [{"index": k, "message": {"role": "assistant", "content": x["text"]},
+                         "finish_reason": "length" if x["truncated"] else "stop"} for k, x in enumerate(said)],
+            "usage": {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}}
+
+
+def serve(c: Config, folder: Path, name: str, tok: Tokenizer, dtype: torch.dtype, device: torch.device) -> None:
+    """Until it is interrupted. The engine stays in this thread; every connection has one of its own."""
+    waiting, config = queue.Queue(), config_of(folder)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def reply(self, status: int, what: dict) -> None:
+            data = json.dumps(what).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_GET(self):
+            if self.path.rstrip("/") != "/v1/models":
+                return self.reply(404, {"error": {"message": "GET /v1/models, POST /v1/chat/completions"}})
+            self.reply(200, {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "innovator"}]})
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.path.rstrip("/") != "/v1/chat/completions":
+                return self.reply(404, {"error": {"message": "GET /v1/models, POST /v1/chat/completions"}})
+            try:
+                request = understood(body, c, tok, config.max_position_embeddings)
+                if request.prompt.grids and config.vision is None:
+                    raise BadRow("the checkpoint has no vision tower")
+                waiting.put(request)
+                self.reply(200, completion(name, request))
+            except BadRow as e:
+                self.reply(400, {"error": {"message": str(e), "type": "invalid_request_error"}})
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
+                self.reply(400, {"error": {"message": f"{type(e).__name__}: {e}", "type": "invalid_request_error"}})
+            except (UserError, RuntimeError) as e:
+                self.reply(500, {"error": {"message": f"{type(e).__name__}: {e}", "type": "server_error"}})
+
+        def handle(self):  # whoever asked may leave
+            try:
+                super().handle()
+            except ConnectionError:
+                pass
+
+        def log_message(self, *_):
+            pass
+
+    try:  # before the weights are loaded
+        server = ThreadingHTTPServer((c.host, c.serve), Handler)
+    except OSError as e:
+        raise UserError(f"--serve {c.serve} at {c.host}: {e.strerror}") from None
+    kind = c.engine if c.engine != "auto" else "vllm" if device.type == "cuda" else "torch"
+    engine = engines.of_checkpoint(folder, kind, dtype, device, batch=c.batch, context=config.max_position_embeddings,
+                                   memory=0.8, optimize="graphs", seed=c.seed)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    print(f"serving {name} with {kind} on {device.type}: http://{c.host}:{c.serve}/v1 (Ctrl-C ends)", flush=True)
+    held = []
+    for number in itertools.count():
+        held = held or [waiting.get()]
+        time.sleep(0.01)  # others are on their way
+        while not waiting.empty():
+            held.append(waiting.get())
+        some = [r for r in held if r.task == held[0].task][:c.batch]
+        held = [r for r in held if all(r is not x for x in some)]
+        try:
+            batches = [(number, [(r, r.prompt) for r in some])]
+            for done in engines.respond(engine, tok, SimpleNamespace(**some[0].task), c.batch, c.seed, batches):
+                for r, responses in done:
+                    r.future.set_result(responses)
+        except Exception as e:  # these requests fail, the server goes on
+            for r in some:
+                if not r.future.done():
+                    r.future.set_exception(e)
+
+
 def main() -> None:
     given = len(sys.argv) > 1 and not sys.argv[1].startswith("-")
     options, words = split_words(sys.argv[1 + given:])
@@ -100,6 +254,13 @@ def main() -> None:
     device = c.device if c.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = c.dtype if c.dtype != "auto" else "bf16" if device == "cuda" else "fp32"
     tok = Tokenizer(folder)
+    if c.serve:
+        assert not words and not c.image, "--serve takes no question"
+        try:
+            return serve(c, folder, Path(sys.argv[1]).resolve().name, tok,
+                         {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], torch.device(device))
+        except KeyboardInterrupt:
+            return
     images = [opened(file, tok) for file in c.image]
     model = Innovator.from_pretrained(folder, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], device)
     assert not images or model.visual is not None, f"{folder} is a text model: it takes no --image"

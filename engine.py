@@ -34,8 +34,8 @@ import torch
 import torch.distributed as dist
 
 from common import UserError, rank, world
-from data import Doc, normalise
-from model import Innovator, ModelConfig, gathered, split_pieces
+from data import Doc, Tokenizer, normalise
+from model import Innovator, ModelConfig, config_of, gathered, load_weights, split_pieces
 from upcycle import to_qwen2_moe, why_not_qwen2_moe
 
 
@@ -296,6 +296,54 @@ class VllmEngine:
             experts = np.full((prompt + len(ids) - 1, *o.routed_experts.shape[1:]), -1, np.int16)
             experts[:len(o.routed_experts)] = o.routed_experts[:len(experts)]
         return Continuation(ids, logp, experts)
+
+
+# ---- answers of a checkpoint ----------------------------------------------------------------------------------------
+def of_checkpoint(folder: Path, kind: str, dtype: torch.dtype, device: torch.device, attention: str = "auto", *,
+                  batch: int, **vllm) -> TorchEngine | VllmEngine:
+    """An engine with a checkpoint's weights."""
+    config = config_of(folder)
+    if kind == "torch":
+        engine = TorchEngine(config, dtype, device, attention, batch=batch)
+        load_weights(engine.model, folder)
+    else:
+        engine = VllmEngine(config, dtype, device, attention, **vllm)
+        weights = Innovator.from_pretrained(folder, dtype)  # in host memory: the GPU's is the engine's
+        engine.load((name, p.to(device)) for name, p in gathered(weights, dtype))
+    return engine
+
+
+def respond(engine, tok: Tokenizer, task, together: int, seed: int, batches):
+    """Lists of (document, its responses) as they come; batches: (number, [(document, prompt)]), and `together` prompts
+    run at a time. task has budget, samples, temperature, top_p and stop; a stop string ends a response and is no part
+    of it."""
+    tail = max(map(len, task.stop), default=0) + 8  # a token is a byte or more
+    def ended(ids): return any(s in tok.decode(ids[-tail:]) for s in task.stop)
+    sampling = Sampling(task.budget, (tok.im_end, tok.pad), task.temperature, task.top_p,
+                        ended if task.stop else None, logprobs=False)
+
+    def one(ids):
+        text = tok.decode(ids)
+        cut = min((at for s in task.stop if (at := text.find(s)) >= 0), default=None)
+        return {"text": text[:cut], "tokens": len(ids), "truncated": cut is None and ids[-1] not in sampling.stop_ids}
+    if isinstance(engine, VllmEngine):
+        docs = []
+
+        def prompts():
+            for _, asked in batches:
+                for d, prompt in asked:
+                    docs.append(d)
+                    yield prompt
+        for k, own in engine.stream(prompts(), task.samples, sampling, together):
+            yield [(docs[k], {"responses": [one(r.ids) for r in own]})]
+        return
+    for i, asked in batches:
+        try:
+            new = engine.generate([p for _, p in asked], task.samples, sampling, seed * 1_000_003 + i)
+        except torch.OutOfMemoryError:
+            raise UserError(f"out of memory with {len(asked) * task.samples} sequences together: run again with a "
+                            "smaller --batch; finished responses are kept") from None
+        yield [(d, {"responses": [one(r.ids) for r in own]}) for (d, _), own in zip(asked, new, strict=True)]
 
 
 # ---- ranks that only generate ---------------------------------------------------------------------------------------

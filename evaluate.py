@@ -1,7 +1,7 @@
 """Scores on the benchmarks of tasks.py. Every response is kept and can be scored again.
 
     python evaluate.py runs/instruct --tasks toy --data-root data/toy
-    torchrun --nproc-per-node 8 evaluate.py runs/instruct --tasks vision-language --engine vllm --published
+    torchrun --nproc-per-node 8 evaluate.py runs/instruct --tasks vision-language --published
     python evaluate.py Qwen3-8B-Base --tasks text --data-root data                        # few-shot, plain prompts
     python evaluate.py runs/instruct --tasks toy --data-root data/toy --shuffle-images    # control: falls to chance
     python evaluate.py --out runs/instruct/step_00001000/eval --rescore                   # no model, no generation
@@ -52,7 +52,7 @@ import engine as engines
 from common import UserError, is_rank0, print0, rank, world
 from data import BadRow, Doc, Tokenizer, encode
 from kernels.attention import Branches
-from model import Innovator, Pack, _chunks, checkpoint_folder, config_of, gathered, load_weights, weight_files
+from model import Innovator, Pack, _chunks, checkpoint_folder, config_of, weight_files
 from results import (LOWER_IS_BETTER, NO_LABEL, answered, ask_judge, digest, graded, group_results, metrics,
                      prompt_hash, summary, tables)
 from rewards import Judge
@@ -237,35 +237,6 @@ def key_of(doc: dict, task: Task, c: Config, weights: str) -> str:
 
 
 # ---- the model answers ----------------------------------------------------------------------------------------------
-def respond(engine, tok: Tokenizer, task: Task, together: int, seed: int, batches):
-    """(document, its responses) pairs as they come. A stop string ends a response and is no part of it."""
-    tail = max(map(len, task.stop), default=0) + 8  # a token is a byte or more
-    def ended(ids): return any(s in tok.decode(ids[-tail:]) for s in task.stop)
-    sampling = engines.Sampling(task.budget, (tok.im_end, tok.pad), task.temperature, task.top_p,
-                                ended if task.stop else None, logprobs=False)
-    def one(ids):
-        text = tok.decode(ids)
-        cut = min((at for s in task.stop if (at := text.find(s)) >= 0), default=None)
-        return {"text": text[:cut], "tokens": len(ids), "truncated": cut is None and ids[-1] not in sampling.stop_ids}
-    if isinstance(engine, engines.VllmEngine):
-        docs = []
-        def prompts():
-            for _, asked in batches:
-                for d, prompt in asked:
-                    docs.append(d)
-                    yield prompt
-        for k, own in engine.stream(prompts(), task.samples, sampling, together):
-            yield [(docs[k], {"responses": [one(r.ids) for r in own]})]
-        return
-    for i, asked in batches:
-        try:
-            new = engine.generate([p for _, p in asked], task.samples, sampling, seed * 1_000_003 + i)
-        except torch.OutOfMemoryError:
-            raise UserError(f"out of memory with {len(asked) * task.samples} sequences together: run again with a "
-                            "smaller --batch; finished responses are kept") from None
-        yield [(d, {"responses": [one(r.ids) for r in own]}) for (d, _), own in zip(asked, new, strict=True)]
-
-
 @torch.no_grad()
 def compare(model: Innovator, asked: list[list[tuple[list[int], list[int]]]]) -> list[dict]:
     """Log-likelihood of every option, and whether it is the greedy continuation. A context runs once: its last row
@@ -319,18 +290,13 @@ def opened(c: Config, checkpoint: str, device: torch.device, out: Path, closing)
 
     @functools.cache  # loads when it is first called
     def engine():
-        if c.engine == "torch":
-            e = engines.TorchEngine(config, dtype, device, c.attention, batch=c.batch)
-            load_weights(e.model, folder)
-            return e
-        own.cache_clear()  # log-likelihoods came first: their model leaves the GPU
-        gc.collect()
-        torch.cuda.empty_cache()
-        e = engines.VllmEngine(config, dtype, device, c.attention, context=longest, memory=c.engine_memory,
-                               optimize=c.optimize, seed=c.seed, out=out)
+        if c.engine == "vllm":
+            own.cache_clear()  # log-likelihoods came first: their model leaves the GPU
+            gc.collect()
+            torch.cuda.empty_cache()
+        e = engines.of_checkpoint(folder, c.engine, dtype, device, c.attention, batch=c.batch, context=longest,
+                                  memory=c.engine_memory, optimize=c.optimize, seed=c.seed, out=out)
         closing.callback(e.close)
-        weights = Innovator.from_pretrained(folder, dtype)  # in host memory: the GPU's is the engine's
-        e.load((name, p.to(device)) for name, p in gathered(weights, dtype))
         return e
 
     @functools.cache
@@ -346,7 +312,7 @@ def opened(c: Config, checkpoint: str, device: torch.device, out: Path, closing)
         if task.request == "loglikelihood":
             return lambda batches: (zip((d for d, _ in asked), compare(own(), [p for _, p in asked]))
                                     for _, asked in batches)
-        return lambda batches: respond(engine(), tok, task, max(c.batch // task.samples, 1), c.seed, batches)
+        return lambda batches: engines.respond(engine(), tok, task, max(c.batch // task.samples, 1), c.seed, batches)
     return info, tok, reader, answerer
 
 

@@ -1,13 +1,19 @@
 """rewards.py by cases; evaluate.py and chat.py end to end on small models that are made here."""
+import base64
 import json
 import os
 import random
 import resource
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -29,6 +35,7 @@ import results as numbers
 import rewards
 import scorers
 import tasks
+from conftest import launch
 from data import Tokenizer
 from engine import TorchEngine
 from model import PRESETS, Innovator
@@ -747,3 +754,78 @@ def test_chat(tokenizer, world, tmp_path, monkeypatch):
 def test_chat_words():
     assert chat.split_words(["What", "--seed", "1", "is", "--image", "a.png", "b.JPG", "it?"]) == \
         (["--seed", "1", "--image", "a.png", "b.JPG"], ["What", "is", "it?"])
+
+
+@pytest.fixture
+def server(checkpoint):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    process = launch("chat.py", checkpoint, "--serve", port, "--device", "cpu", "--max-new-tokens", 6, background=True)
+    assert f"http://127.0.0.1:{port}/v1" in process.stdout.readline()
+    yield f"http://127.0.0.1:{port}/v1"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 0
+
+
+def ask(server: str, body) -> tuple[int, dict]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(
+                f"{server}/chat/completions", json.dumps(body).encode()), timeout=60) as reply:
+            return reply.status, json.loads(reply.read())
+    except urllib.error.HTTPError as e:
+        return e.code, json.loads(e.read())
+
+
+def test_server_answers_as_evaluate_does(server, checkpoint, world, tmp_path, monkeypatch):
+    """Requests that come at once, with pictures in their places; answers are evaluate.py's."""
+    run_here(monkeypatch, checkpoint, *COMMON, "--data-root", world, "--out", tmp_path / "out")
+    documents = evaluate.documents("toy", world)
+    rows = {row["id"]: row["responses"][0] for row in read_lines(tmp_path / "out/samples_toy.jsonl")}
+
+    def asked(d):
+        (head, *rest), parts = d["messages"][-1]["content"].split("<image>"), []
+        for picture, text in zip(d["images"], rest, strict=True):
+            data = base64.b64encode(Path(picture).read_bytes()).decode()
+            parts += [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
+                      {"type": "text", "text": text}]
+        return ask(server, {"model": "any", "seed": 3, "temperature": 0, "messages": [
+            *d["messages"][:-1], {"role": "user", "content": [{"type": "text", "text": head}, *parts]}]})
+    with ThreadPoolExecutor(11) as pool:
+        for d, (status, reply) in zip(documents, pool.map(asked, documents)):
+            choice, = reply["choices"]
+            assert (status, choice["message"]["content"], reply["usage"]["completion_tokens"],
+                    choice["finish_reason"] == "length") == (200, *rows[d["id"]].values())
+
+
+def test_server_samples_stops_and_refuses(server):
+    hello = {"messages": [{"role": "user", "content": "<image> Which is red?"}]}
+    _, whole = ask(server, hello)
+    text = whole["choices"][0]["message"]["content"]
+    assert len(text) > 1 and whole["choices"][0]["finish_reason"] == "length"
+    _, cut = ask(server, hello | {"stop": ["never said", text[-1]]})
+    assert (cut["choices"][0]["message"]["content"], cut["choices"][0]["finish_reason"]) == \
+        (text[:text.find(text[-1])], "stop")
+    _, several = ask(server, hello | {"n": 4, "temperature": 2.0, "max_completion_tokens": 9})
+    assert len({c["message"]["content"] for c in several["choices"]}) == 4
+    assert several["usage"]["completion_tokens"] <= 36
+    picture = {"type": "image_url", "image_url": {"url": "http://localhost/a.png"}}
+    for body, message in (({}, "messages"), ([], "list"), (hello | {"stream": True}, "stream"),
+                          (hello | {"n": 2}, "n is 1 to 128, and 1 at temperature 0"),
+                          (hello | {"max_tokens": 5000}, "exceed the context 2048"), (hello | {"top_p": 0}, "top_p"),
+                          ({"messages": [{"role": "assistant", "content": "Hi"}]}, "the last is user"),
+                          ({"messages": [{"role": "user", "content": [picture]}]}, "message 0: a part is neither")):
+        status, reply = ask(server, body)
+        assert status == 400 and message in reply["error"]["message"]
+    assert ask(server, hello)[1]["choices"] == whole["choices"]
+
+
+def test_server_that_cannot_start(checkpoint, monkeypatch):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        for args, message in ((("--serve", s.getsockname()[1]), "Address already in use"),
+                              (("What?", "--serve", "1"), "takes no question"), (("--serve", "-1"), "is no port")):
+            monkeypatch.setattr(sys, "argv", ["chat.py", str(checkpoint), *map(str, args)])
+            with pytest.raises((AssertionError, common.UserError), match=message):
+                chat.main()
