@@ -482,8 +482,8 @@ def harness(c: Harness) -> None:
     for name, some in found.items():
         commands = {
             "ours": [Path(__file__).parent / "evaluate.py", model, "--tasks", name, "--data-root", folder, "--engine",
-                     "vllm", "--engine-memory", c.memory, "--context", c.context, "--max-new-tokens", c.new, "--optimize",
-                     c.optimize, "--out"],
+                     "vllm", "--engine-memory", c.memory, "--context", c.context, "--max-new-tokens", c.new,
+                     "--optimize", c.optimize, "--out"],
             "lm_eval": ["-m", "lm_eval", "run", "--model", "vllm", "--batch_size", "auto", "--model_args",
                         f"pretrained={model},dtype={dtype},gpu_memory_utilization={c.memory},"
                         f"max_model_len={c.context}", "--include_path", folder / "tasks", "--tasks",

@@ -211,7 +211,8 @@ def test_routed_experts(moe, prompts, tokenizer, tmp_path):
     model, ours, _ = both = moe
     updated(*both)
     with pytest.raises(UserError, match="Model Runner V2"):
-        VllmEngine(model.config, FP32, CPU, experts=True, context=512, memory=0.3, optimize="none", out=tmp_path / "new")
+        VllmEngine(model.config, FP32, CPU, experts=True, context=512, memory=0.3, optimize="none",
+                   out=tmp_path / "new")
     assert "ValidationError" in (tmp_path / "new" / "engine_error.rank_0.txt").read_text()
     teacher = TorchEngine(model.config, FP32, CPU, experts=True)
     teacher.load(gathered(model, FP32))
@@ -279,8 +280,8 @@ def school(asked, tokenizer, tmp_path_factory):
 
 
 def rl(school, out, *args, engine="vllm", **how):
-    return launch("train_rl.py", "--recipe", "grpo", "--engine", engine, "--optimize", "none", "--model", school / "model",
-                  "--data", school / "data", "--out", out, "--prompts", 4, "--group", 8, "--max-new-tokens", 4,
+    return launch("train_rl.py", "--recipe", "grpo", "--engine", engine, "--optimize", "none", "--model",
+                  school / "model", "--data", school / "data", "--out", out, "--prompts", 4, "--group", 8, "--max-new-tokens", 4,
                   "--context", 256, "--pack", 1024, "--lr", "1e-3", "--warmup", 1, "--recompute", "none", "--plain",
                   "--verifiers", 1, "--threads", 1, *args, **how)
 
@@ -329,7 +330,7 @@ def test_evaluation_by_either_engine(toy, tokenizer, asked, tmp_path):
             "fp32")
     launch(*args, "--out", tmp_path / "torch", "--threads", 1)
     for line in ("12 to answer", "0 to answer"):
-        done = launch(*args, "--out", tmp_path / "vllm", "--engine", "vllm", "--optimize", "none", "--engine-memory", 0.3,
+        done = launch(*args, "--out", tmp_path / "vllm", "--engine", "vllm", "--engine-memory", 0.3,
                       "--context", 512, "--limit", 12)
         assert line in done.stdout
     ours, theirs = ({(row := json.loads(line))["id"]: row["responses"] for line in open(tmp_path / x /
