@@ -281,9 +281,9 @@ def school(asked, tokenizer, tmp_path_factory):
 
 def rl(school, out, *args, engine="vllm", **how):
     return launch("train_rl.py", "--recipe", "grpo", "--engine", engine, "--optimize", "none", "--model",
-                  school / "model", "--data", school / "data", "--out", out, "--prompts", 4, "--group", 8, "--max-new-tokens", 4,
-                  "--context", 256, "--pack", 1024, "--lr", "1e-3", "--warmup", 1, "--recompute", "none", "--plain",
-                  "--verifiers", 1, "--threads", 1, *args, **how)
+                  school / "model", "--data", school / "data", "--out", out, "--prompts", 4, "--group", 8,
+                  "--max-new-tokens", 4, "--context", 256, "--pack", 1024, "--lr", "1e-3", "--warmup", 1,
+                  "--recompute", "none", "--plain", "--verifiers", 1, "--threads", 1, *args, **how)
 
 
 def rows(out): return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
