@@ -26,15 +26,15 @@ demo: $(VENV)/installed
 	$(PY) train_sft.py --stage pretrain --model preset:tiny --tokenizer $(TOY)/tokenizer --data $(TOY)/pretrain --out $(RUN)/pretrain \
 		--steps 90 --batch 4 --lr 2e-3 --min-lr 2e-4 --warmup 0.1 $(SMALL)
 	$(PY) upcycle.py stage0 --llm $(RUN)/pretrain --vit preset:tiny --out $(RUN)/stage0 --dtype float32
-	$(PY) evaluate.py $(RUN)/stage0 --tasks toy --data-root $(TOY) --out $(RUN)/eval_before --max-new-tokens 12 --threads 2
+	$(PY) evaluate.py $(RUN)/stage0 --tasks toy --data-root $(TOY) --out $(RUN)/eval_before --max-new-tokens 12 --engine torch --threads 2
 	$(PY) train_sft.py --stage align --model $(RUN)/stage0 --data $(TOY)/align --out $(RUN)/align \
 		--steps 40 --lr 2e-3 --min-lr 1e-3 --warmup 0.1 $(ROWS) $(SMALL)
 	$(PY) train_sft.py --stage mid --model $(RUN)/align --data $(TOY)/mid --out $(RUN)/mid \
 		--steps 300 --lr 1.5e-3 --min-lr 1e-3 --warmup 0.1 $(ROWS) $(SMALL)
 	$(PY) train_sft.py --stage instruct --model $(RUN)/mid --data $(TOY)/instruct --out $(RUN)/instruct \
 		--steps 500 --lr 1.5e-3 --min-lr 5e-5 --warmup 0.05 $(ROWS) $(SMALL)
-	$(PY) evaluate.py $(RUN)/instruct --tasks toy --data-root $(TOY) --out $(RUN)/eval_after --max-new-tokens 12 --threads 2
-	$(PY) evaluate.py $(RUN)/instruct --tasks toy --data-root $(TOY) --out $(RUN)/eval_shuffled --max-new-tokens 12 --threads 2 --shuffle-images
+	$(PY) evaluate.py $(RUN)/instruct --tasks toy --data-root $(TOY) --out $(RUN)/eval_after --max-new-tokens 12 --engine torch --threads 2
+	$(PY) evaluate.py $(RUN)/instruct --tasks toy --data-root $(TOY) --out $(RUN)/eval_shuffled --max-new-tokens 12 --engine torch --threads 2 --shuffle-images
 	$(PY) chat.py $(RUN)/instruct --image $(TOY)/heldout/images/chemistry_0000.png Which molecule is drawn?
 	$(PY) toy.py report $(RUN)
 
@@ -46,12 +46,12 @@ $(RUN)/early: | $(VENV)/installed
 	mv $(RUN)/early.tmp $(RUN)/early
 
 rl-demo: $(RUN)/early
-	$(PY) evaluate.py $(RUN)/early --tasks toy --data-root $(TOY) --out $(RL)/eval_before --max-new-tokens 12 --threads 2
+	$(PY) evaluate.py $(RUN)/early --tasks toy --data-root $(TOY) --out $(RL)/eval_before --max-new-tokens 12 --engine torch --threads 2
 	$(PY) train_rl.py --recipe gspo-paper --model $(RUN)/early --data $(TOY)/rl --out $(RL) --plain --steps 240 --prompts 64 --group 16 \
 		--updates 2 --low 0.1 --high 0.2 --lr 4e-4 --warmup 20 --decay 0.6 --beta2 0.99 --max-new-tokens 12 \
 		--trainable language_model adapter vision_model --rollout-batch 512 --recompute none --threads 2 \
 		--save-every 100000 --seed $(SEED) $(RL_ARGS)
-	$(PY) evaluate.py $(RL) --tasks toy --data-root $(TOY) --out $(RL)/eval_after --max-new-tokens 12 --threads 2
+	$(PY) evaluate.py $(RL) --tasks toy --data-root $(TOY) --out $(RL)/eval_after --max-new-tokens 12 --engine torch --threads 2
 
 upcycle-demo: $(VENV)/installed
 	test -d $(UPCYCLE)/toy || $(PY) toy.py make --out $(UPCYCLE)/toy

@@ -30,6 +30,7 @@ import contextlib
 import functools
 import gc
 import hashlib
+import importlib.util
 import itertools
 import json
 import os
@@ -636,6 +637,9 @@ def main() -> None:
     c.dtype = c.dtype if c.dtype != "auto" else "bf16" if device.type == "cuda" else "fp32"
     c.engine = c.engine if c.engine != "auto" else "vllm" if device.type == "cuda" else "torch"
     c.batch = c.batch or (16 if c.engine == "torch" else 1024)
+    asks = not (c.rescore or c.show) and any(TASKS[name].request == "generate" for name in c.tasks)
+    assert c.engine == "torch" or not asks or importlib.util.find_spec("vllm"), \
+        "vLLM, which generates on GPUs, is not installed: pip install -r requirements-gpu.txt, or give --engine torch"
     if c.threads:
         torch.set_num_threads(c.threads)
     patient = dist.new_group(backend="gloo", timeout=timedelta(days=30)) if world() > 1 else None  # may wait for hours

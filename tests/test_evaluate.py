@@ -438,7 +438,9 @@ def test_absent_data_and_user_errors(checkpoint, world, tmp_path, monkeypatch, c
     run_here(monkeypatch, "--list", "--data-root", world)
     printed = capsys.readouterr().out
     assert f"{world}/heldout/toy.jsonl\n" in printed and "gsm8k needs gsm8k/test and gsm8k/train below" in printed
+    monkeypatch.setitem(sys.modules, "vllm", None)
     for args, message in (((checkpoint, "--tasks", "toi"), "no task or group 'toi'"),
+                          ((checkpoint, *COMMON, "--engine", "vllm"), "vLLM, .* is not installed: pip install"),
                           ((checkpoint,), "say what to evaluate"),
                           (("--tasks", "toy"), "usage:"), ((checkpoint, "--samples", "toy"), "give TASK:0,3"),
                           ((checkpoint, *COMMON, "--temperature", "-0.5"), "temperature -0.5"),

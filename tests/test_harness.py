@@ -1,6 +1,6 @@
 """Agreement with lm-evaluation-harness on local files, sample by sample: prompts, log-likelihoods, decisions.
 
-    python tests/test_harness.py SHARED_DATA       # MMLU 500, ARC's form 100, GSM8K 200, BBH 200 documents; a table
+    python tests/test_harness.py SHARED_DATA       # MMLU 500, ARC's form 200, GSM8K 200, BBH 200 documents; a table
 
 It needs lm_eval 0.4.13, accelerate and the data kit. The model is a random Qwen3 decoder that evaluate.py and
 Transformers both read; what it says is never right, so the reading of answers is compared on made responses, too.
@@ -184,7 +184,7 @@ def test_bench_asks_what_the_limit_would(tmp_path):
 if __name__ == "__main__":
     import tempfile
     with tempfile.TemporaryDirectory() as folder:
-        rows = compared(Path(sys.argv[1]), Path(folder) / "world", dict(mmlu=500, arc=100, gsm8k=200, bbh=200))
+        rows = compared(Path(sys.argv[1]), Path(folder) / "world", dict(mmlu=500, arc=200, gsm8k=200, bbh=200))
     print("| task | compared | documents | agree | largest difference |\n|---|---|---|---|---|")
     for name, what, documents, agree, gap in rows:
         print(f"| {name} | {what} | {documents} | {agree} ({100 * agree / documents:.1f} %) | "
