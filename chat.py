@@ -215,8 +215,11 @@ def serve(c: Config, folder: Path, name: str, tok: Tokenizer, dtype: torch.dtype
         def log_message(self, *_):
             pass
 
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 1024  # connections that may come at once
+
     try:  # before the weights are loaded
-        server = ThreadingHTTPServer((c.host, c.serve), Handler)
+        server = Server((c.host, c.serve), Handler)
     except OSError as e:
         raise UserError(f"--serve {c.serve} at {c.host}: {e.strerror}") from None
     kind = c.engine if c.engine != "auto" else "vllm" if device.type == "cuda" else "torch"

@@ -16,7 +16,7 @@ it is 1 if all documents of a task are errors.
 
 The answers depend neither on the number of processes nor on interruptions (torch engine): documents sorted by length
 form fixed batches with seeds of their own, each is run whole by one rank, and ranks do not communicate before the end.
-Log-likelihoods are always computed by model.py. Beside every score stand the shares of responses without a readable
+On GPUs vLLM generates, or model.py with --engine torch; log-likelihoods are always model.py's. Beside every score stand the shares of responses without a readable
 answer (unparsed) and at the end of their budget (truncated), and of documents that could not be asked or scored
 (errors): these count as wrong and are never left out. With --judge URL a language model is asked about what rules read
 as no answer or a wrong one, in tasks whose authors ask one; its share stands beside the score, its verdicts are kept.
