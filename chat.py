@@ -14,14 +14,17 @@ temperature, top_p, n and stop of a request go before the options here; its seed
 gets status 400 and one line.
 """
 import base64
+import contextlib
 import itertools
 import json
 import queue
 import re
+import select
+import socket
 import sys
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,7 +37,7 @@ import common
 import engine as engines
 from common import UserError
 from data import BadRow, Limits, Tokenizer, encode, normalise
-from model import Innovator, checkpoint_folder, config_of
+from model import Innovator, ModelConfig, checkpoint_folder, config_of
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -63,6 +66,7 @@ class Config:
         assert self.top_k >= 0, f"--top-k {self.top_k} must not be negative"
         assert 0 <= self.serve < 65536, f"--serve {self.serve} is no port"
         assert self.batch > 0, f"--batch {self.batch} must be positive"
+        assert not self.serve or not self.top_k, "--top-k is not for --serve"
         assert self.max_pixels >= 0, f"--max-pixels {self.max_pixels} must not be negative"
 
 
@@ -130,38 +134,42 @@ def conversation(messages) -> tuple[list[dict], list[bytes]]:
             images.append(base64.b64decode(url.partition(",")[2]))
             text += "<image>"
         out.append({"role": m["role"], "content": text})
-    if not out or out[-1]["role"] != "user" or any(m["role"] not in ("system", "user", "assistant") for m in out):
-        raise BadRow("messages: roles are system, user and assistant, and the last is user")
+    turns = [m["role"] for m in out if m is not out[0] or m["role"] != "system"]
+    if turns != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
+        raise BadRow("messages: a system message or none, then user and assistant in turns, user last")
     return out, images
 
 
-def understood(body: bytes, c: Config, tok: Tokenizer, longest: int) -> SimpleNamespace:
-    """A request: its prompt, and its sampling as engine.respond takes it. Raises BadRow, and what bad JSON raises."""
-    r = json.loads(body)
-    if r.get("stream"):
+def understood(body: bytes, c: Config, tok: Tokenizer, config: ModelConfig) -> SimpleNamespace:
+    """A request: its prompt, its sampling as engine.respond takes it, and the answer to come."""
+    given = {k: v for k, v in json.loads(body).items() if v is not None}
+    if given.get("stream"):
         raise BadRow("stream: this server answers as a whole")
-    given = {k: v for k, v in r.items() if v is not None}
-    stop = given.get("stop", [])
-    task = dict(budget=int(given.get("max_completion_tokens", given.get("max_tokens", c.max_new_tokens))),
-                samples=int(given.get("n", 1)), temperature=float(given.get("temperature", c.temperature)),
-                top_p=float(given.get("top_p", c.top_p)), stop=tuple([stop] if isinstance(stop, str) else stop))
-    if task["budget"] < 1 or task["temperature"] < 0 or not 0 < task["top_p"] <= 1 or "" in task["stop"]:
-        raise BadRow("max_tokens is positive, temperature not negative, top_p above 0 and at most 1, stop not empty")
-    if not 1 <= task["samples"] <= 128 or task["samples"] > 1 and not task["temperature"]:
-        raise BadRow("n is 1 to 128, and 1 at temperature 0")
-    limits = Limits(max_pixels=c.max_pixels) if c.max_pixels else Limits()
-    messages, images = conversation(r["messages"])
+    messages, images = conversation(given["messages"])
     if c.system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": c.system}, *messages]
-    prompt = encode(messages, images, tok, limits, generate=True)
-    if len(prompt.ids) + task["budget"] > longest:
-        raise BadRow(f"prompt of {len(prompt.ids)} + {task['budget']} new tokens exceed the context {longest}")
+    if images and config.vision is None:
+        raise BadRow("the checkpoint has no vision tower")
+    prompt = encode(messages, images, tok, Limits(max_pixels=c.max_pixels) if c.max_pixels else Limits(), generate=True)
+    room = config.max_position_embeddings - len(prompt.ids)
+    stop = given.get("stop", [])
+    task = SimpleNamespace(
+        budget=int(given.get("max_completion_tokens", given.get("max_tokens", max(1, min(c.max_new_tokens, room))))),
+        samples=int(given.get("n", 1)), temperature=float(given.get("temperature", c.temperature)),
+        top_p=float(given.get("top_p", c.top_p)), stop=tuple([stop] if isinstance(stop, str) else stop))
+    if task.budget < 1 or not 0 < task.top_p <= 1 or not all(isinstance(x, str) and x for x in task.stop):
+        raise BadRow("max_tokens is positive, top_p above 0 and at most 1, stop a string or several, none empty")
+    most = 128 if task.temperature else 1
+    if task.temperature and not 0.01 <= task.temperature <= 2 or not 1 <= task.samples <= most:
+        raise BadRow("temperature is 0 or 0.01 to 2, n 1 to 128, and 1 at temperature 0")
+    if task.budget > room:
+        raise BadRow(f"prompt of {len(prompt.ids)} + {task.budget} new tokens exceed the context "
+                     f"{config.max_position_embeddings}")
     return SimpleNamespace(prompt=prompt, task=task, future=Future())
 
 
-def completion(model: str, request: SimpleNamespace) -> dict:
-    """The answer in OpenAI's form; raises what went wrong."""
-    said = request.future.result()["responses"]
+def completion(model: str, request: SimpleNamespace, said: list[dict]) -> dict:
+    """The answer in OpenAI's form."""
     read, new = len(request.prompt.ids), sum(x["tokens"] for x in said)
     return {"id": f"chatcmpl-{id(request):x}", "object": "chat.completion", "created": int(time.time()), "model": model,
             "choices": [{"index": k, "message": {"role": "assistant", "content": x["text"]},
@@ -169,14 +177,17 @@ def completion(model: str, request: SimpleNamespace) -> dict:
             "usage": {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new}}
 
 
-def serve(c: Config, folder: Path, name: str, tok: Tokenizer, dtype: torch.dtype, device: torch.device) -> None:
-    """Until it is interrupted. The engine stays in this thread; every connection has one of its own."""
-    waiting, config = queue.Queue(), config_of(folder)
+class Server(ThreadingHTTPServer):
+    request_queue_size = 1024  # connections that may come at once
 
+
+def listening(c: Config, name: str, tok: Tokenizer, config: ModelConfig, waiting: queue.Queue) -> Server:
+    """Every connection has a thread of its own, which puts requests into `waiting` and sends their answers."""
     class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+        protocol_version, disable_nagle_algorithm, timeout = "HTTP/1.1", True, 600
 
-        def reply(self, status: int, what: dict) -> None:
+        def reply(self, status: int, what: dict | str) -> None:
+            what = {"error": {"message": what, "type": "error"}} if isinstance(what, str) else what
             data = json.dumps(what).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
@@ -186,64 +197,74 @@ def serve(c: Config, folder: Path, name: str, tok: Tokenizer, dtype: torch.dtype
 
         def do_GET(self):
             if self.path.rstrip("/") != "/v1/models":
-                return self.reply(404, {"error": {"message": "GET /v1/models, POST /v1/chat/completions"}})
+                return self.reply(404, "there is GET /v1/models and POST /v1/chat/completions")
             self.reply(200, {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "innovator"}]})
 
         def do_POST(self):
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            length = self.headers.get("Content-Length", "")
+            if not length.isdecimal() or int(length) > 2 ** 28:
+                self.close_connection = True  # what follows is not read
+                return self.reply(411, "Content-Length is missing, or above 256 MiB")
+            body = self.rfile.read(int(length))
             if self.path.rstrip("/") != "/v1/chat/completions":
-                return self.reply(404, {"error": {"message": "GET /v1/models, POST /v1/chat/completions"}})
+                return self.do_GET()
             try:
-                request = understood(body, c, tok, config.max_position_embeddings)
-                if request.prompt.grids and config.vision is None:
-                    raise BadRow("the checkpoint has no vision tower")
-                waiting.put(request)
-                self.reply(200, completion(name, request))
-            except BadRow as e:
-                self.reply(400, {"error": {"message": str(e), "type": "invalid_request_error"}})
-            except (ValueError, KeyError, TypeError, AttributeError) as e:
-                self.reply(400, {"error": {"message": f"{type(e).__name__}: {e}", "type": "invalid_request_error"}})
-            except (UserError, RuntimeError) as e:
-                self.reply(500, {"error": {"message": f"{type(e).__name__}: {e}", "type": "server_error"}})
+                request = understood(body, c, tok, config)
+            except Exception as e:  # whatever a request can hold
+                return self.reply(400, str(e) if isinstance(e, BadRow) else f"{type(e).__name__}: {e}")
+            waiting.put(request)
+            try:
+                while not wait([request.future], 1).done:
+                    if select.select([self.connection], [], [], 0)[0] and not self.connection.recv(1, socket.MSG_PEEK):
+                        return request.future.cancel()  # whoever asked has left
+                answer = completion(name, request, request.future.result()["responses"])
+            except Exception as e:
+                return self.reply(500, f"{type(e).__name__}: {e}")
+            self.reply(200, answer)
 
         def handle(self):  # whoever asked may leave
-            try:
+            with contextlib.suppress(ConnectionError):
                 super().handle()
-            except ConnectionError:
-                pass
 
         def log_message(self, *_):
             pass
-
-    class Server(ThreadingHTTPServer):
-        request_queue_size = 1024  # connections that may come at once
-
-    try:  # before the weights are loaded
-        server = Server((c.host, c.serve), Handler)
+    try:
+        return Server((c.host, c.serve), Handler)
     except OSError as e:
         raise UserError(f"--serve {c.serve} at {c.host}: {e.strerror}") from None
+
+
+def serve(c: Config, folder: Path, name: str, tok: Tokenizer, dtype: torch.dtype, device: torch.device) -> None:
+    """Until it is interrupted. The engine stays in this thread and answers the requests of one sampling together."""
+    waiting, config = queue.Queue(), config_of(folder)
+    server = listening(c, name, tok, config, waiting)  # a port in use shows before the weights are loaded
     kind = c.engine if c.engine != "auto" else "vllm" if device.type == "cuda" else "torch"
     engine = engines.of_checkpoint(folder, kind, dtype, device, batch=c.batch, context=config.max_position_embeddings,
                                    memory=0.8, optimize="graphs", seed=c.seed)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"serving {name} with {kind} on {device.type}: http://{c.host}:{c.serve}/v1 (Ctrl-C ends)", flush=True)
-    held = []
-    for number in itertools.count():
-        held = held or [waiting.get()]
-        time.sleep(0.01)  # others are on their way
-        while not waiting.empty():
-            held.append(waiting.get())
-        some = [r for r in held if r.task == held[0].task][:c.batch]
-        held = [r for r in held if all(r is not x for x in some)]
-        try:
-            batches = [(number, [(r, r.prompt) for r in some])]
-            for done in engines.respond(engine, tok, SimpleNamespace(**some[0].task), c.batch, c.seed, batches):
-                for r, responses in done:
-                    r.future.set_result(responses)
-        except Exception as e:  # these requests fail, the server goes on
-            for r in some:
-                if not r.future.done():
-                    r.future.set_exception(e)
+    held, together = [], c.batch
+    with contextlib.suppress(KeyboardInterrupt), contextlib.closing(engine):
+        for number in itertools.count():
+            held = held or [waiting.get()]
+            time.sleep(0.01)  # others are on their way
+            while not waiting.empty():
+                held.append(waiting.get())
+            same = [r for r in held if r.task == held[0].task]
+            held = [r for r in held if r.task != same[0].task] + same[together:]
+            some = [r for r in same[:together] if r.future.running() or r.future.set_running_or_notify_cancel()]
+            try:
+                for done in engines.respond(engine, tok, same[0].task, together, c.seed,
+                                            [(number, [(r, r.prompt) for r in some])] if some else []):
+                    for r, responses in done:
+                        r.future.set_result(responses)
+            except Exception as e:  # the server goes on
+                failed = [r for r in some if not r.future.done()]
+                if isinstance(e, torch.OutOfMemoryError) and len(some) > 1:
+                    together, held = len(some) // 2, failed + held
+                else:
+                    for r in failed:
+                        r.future.set_exception(e)
 
 
 def main() -> None:
@@ -255,17 +276,14 @@ def main() -> None:
     if not (folder / "config.json").exists():
         raise UserError(f"{sys.argv[1]}: no checkpoint there; give a Hugging Face folder or the folder of a run")
     device = c.device if c.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = c.dtype if c.dtype != "auto" else "bf16" if device == "cuda" else "fp32"
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[
+        c.dtype if c.dtype != "auto" else "bf16" if device == "cuda" else "fp32"]
     tok = Tokenizer(folder)
     if c.serve:
         assert not words and not c.image, "--serve takes no question"
-        try:
-            return serve(c, folder, Path(sys.argv[1]).resolve().name, tok,
-                         {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], torch.device(device))
-        except KeyboardInterrupt:
-            return
+        return serve(c, folder, Path(sys.argv[1]).resolve().name, tok, dtype, torch.device(device))
     images = [opened(file, tok) for file in c.image]
-    model = Innovator.from_pretrained(folder, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], device)
+    model = Innovator.from_pretrained(folder, dtype, device)
     assert not images or model.visual is not None, f"{folder} is a text model: it takes no --image"
     sys.stdout.reconfigure(errors="replace")
     if not words:

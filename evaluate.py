@@ -16,10 +16,11 @@ it is 1 if all documents of a task are errors.
 
 The answers depend neither on the number of processes nor on interruptions (torch engine): documents sorted by length
 form fixed batches with seeds of their own, each is run whole by one rank, and ranks do not communicate before the end.
-On GPUs vLLM generates, or model.py with --engine torch; log-likelihoods are always model.py's. Beside every score stand the shares of responses without a readable
-answer (unparsed) and at the end of their budget (truncated), and of documents that could not be asked or scored
-(errors): these count as wrong and are never left out. With --judge URL a language model is asked about what rules read
-as no answer or a wrong one, in tasks whose authors ask one; its share stands beside the score, its verdicts are kept.
+On GPUs vLLM generates, or model.py with --engine torch; log-likelihoods are always model.py's. Beside every score stand
+the shares of responses without a readable answer (unparsed) and at the end of their budget (truncated), and of
+documents that could not be asked or scored (errors): these count as wrong and are never left out. With --judge URL a
+language model is asked about what rules read as no answer or a wrong one, in tasks whose authors ask one; its share
+stands beside the score, its verdicts are kept.
 
 Departures from lm-evaluation-harness 0.4.13
 1. A prompt that does not fit the context is an error; there its beginning is cut off.
@@ -107,6 +108,7 @@ class Config:
         for name in ("limit", "max_new_tokens", "min_pixels", "max_pixels", "repeats", "context", "batch"):
             assert getattr(self, name) >= 0, f"{name} {getattr(self, name)} must not be negative"
         assert bool(self.judge) == bool(self.judge_model), "--judge and --judge-model belong together"
+        assert not (self.rescore and self.show), "--show needs the model: not with --rescore"
         self.only = {}
         for given in self.samples:
             found = re.fullmatch(r"([^:]+):(\d+(?:,\d+)*)", given)
@@ -313,7 +315,14 @@ def opened(c: Config, checkpoint: str, device: torch.device, out: Path, closing)
         if task.request == "loglikelihood":
             return lambda batches: (zip((d for d, _ in asked), compare(own(), [p for _, p in asked]))
                                     for _, asked in batches)
-        return lambda batches: engines.respond(engine(), tok, task, max(c.batch // task.samples, 1), c.seed, batches)
+
+        def generated(batches):
+            try:
+                yield from engines.respond(engine(), tok, task, max(c.batch // task.samples, 1), c.seed, batches)
+            except torch.OutOfMemoryError:
+                raise UserError(f"out of memory with {c.batch} responses together: run again with a smaller --batch; "
+                                "finished responses are kept") from None
+        return generated
     return info, tok, reader, answerer
 
 

@@ -812,13 +812,28 @@ def test_server_samples_stops_and_refuses(server):
     assert len({c["message"]["content"] for c in several["choices"]}) == 4
     assert several["usage"]["completion_tokens"] <= 36
     picture = {"type": "image_url", "image_url": {"url": "http://localhost/a.png"}}
+    def user(text): return {"role": "user", "content": text}
     for body, message in (({}, "messages"), ([], "list"), (hello | {"stream": True}, "stream"),
-                          (hello | {"n": 2}, "n is 1 to 128, and 1 at temperature 0"),
+                          (hello | {"n": 2}, "n 1 to 128, and 1 at temperature 0"),
+                          (hello | {"temperature": float("nan")}, "temperature is 0 or"),
+                          (hello | {"max_tokens": float("inf")}, "OverflowError"),
+                          (hello | {"stop": [5]}, "stop a string"),
                           (hello | {"max_tokens": 5000}, "exceed the context 2048"), (hello | {"top_p": 0}, "top_p"),
-                          ({"messages": [{"role": "assistant", "content": "Hi"}]}, "the last is user"),
-                          ({"messages": [{"role": "user", "content": [picture]}]}, "message 0: a part is neither")):
+                          ({"messages": [{"role": "assistant", "content": "Hi"}]}, "user last"),
+                          ({"messages": [user("a"), user("b")]}, "in turns"), ({"messages": []}, "in turns"),
+                          ({"messages": [user("a"), {"role": "system", "content": "b"}, user("c")]}, "in turns"),
+                          ({"messages": [user([picture])]}, "message 0: a part is neither")):
         status, reply = ask(server, body)
         assert status == 400 and message in reply["error"]["message"]
+    host, port = server.removeprefix("http://").removesuffix("/v1").split(":")
+    for length in ("abc", "-1", str(10 ** 12)):
+        with socket.create_connection((host, int(port)), 20) as s:
+            s.sendall(f"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: {length}\r\n\r\n".encode())
+            assert s.makefile("rb").readline().startswith(b"HTTP/1.1 411")
+    long = json.dumps(hello | {"n": 64, "temperature": 2.0, "max_tokens": 30}).encode()
+    for _ in range(3):  # who asks and leaves stops nobody else
+        with socket.create_connection((host, int(port)), 20) as s:
+            s.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n%b" % (len(long), long))
     assert ask(server, hello)[1]["choices"] == whole["choices"]
 
 
