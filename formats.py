@@ -20,9 +20,9 @@ from pathlib import Path
 
 from common import UserError
 from data import BadRow, JsonlFile, ParquetFile, _images
-from prompts import (ARENA, BOXED, CAPTION2MOL, CLUEWSC, DIRECT, GPQA, HINTS, MOL2CAPTION, PROPERTIES, PROPERTY, SFE,
-                     XLRS, XLRS_SEVERAL)
-from rewards import LETTERS, boxed
+from prompts import (ARENA, BOXED, CAPTION2MOL, CLUEWSC, DIRECT, GPQA, HINTS, MMMU_DOMAINS, MOL2CAPTION, PROPERTIES,
+                     PROPERTY, SFE, XLRS, XLRS_SEVERAL)
+from rewards import LETTERS, boxed, molecule_of
 from scorers import one_header
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json", ".csv", ".tsv", ".txt")
@@ -37,7 +37,8 @@ def document(gold, *, text: str = "", system: str = "", context: str = "", pairs
     messages: chat turns with one <image> for each of images (paths or bytes). context: a plain prompt to be continued.
     pairs: (context, continuation) of each choice, to be compared by log-probability; gold is the index of the right
     one, or a list. gold: what the scorer gets; None where it is not published. options: texts of the choices; acc_norm
-    divides by their lengths. group: subject, reported on its own. cluster: questions that belong together (copies of
+    divides by their lengths. group: subject, reported on its own; "a/b" also under "a".
+    cluster: questions that belong together (copies of
     one question, steps of one problem). scorer, metric, kw: where a row has its own. chance: accuracy of guessing.
     error: why it cannot be asked. Only until tasks.documents has put them in front: description, examples (of its
     own), shot (the document as an example for others).
@@ -129,6 +130,7 @@ def as_list(value, options): return [str(v) for v in value] if isinstance(value,
 def by_index(value, options): return LETTERS[int(value)]
 def by_letter(value, options): return m[1].upper() if (m := re.match(r"\W*([A-Za-z])\b", value)) else value.strip()
 def by_text(value, options): return LETTERS[options.index(value)] if options and value in options else str(value)
+def by_either(value, options): return by_letter(by_text(value.strip(), options), options)
 def whole(value, options): return f"{value:g}" if isinstance(value, float) else str(value).strip()
 def digit(value, options): return re.search(r"\d+", str(value))[0]
 def last_box(value, options): return boxed(value)
@@ -144,7 +146,16 @@ def open_kind(row: dict, gold: str | None) -> str:
     if re.fullmatch(r"[-+]?[\d.,]+\s*%?", gold):
         return "math"
     smiles = gold.partition("<sep>")[0].strip()
-    return "molecule" if re.fullmatch(r"\S{3,}", smiles) and re.search(r"[=#()\[\]]|[A-Zcnos]{3}", smiles) else "exact"
+    drawn = re.fullmatch(r"\S{3,}", smiles) and re.search(r"[=#()\[\]]|[A-Zcnos]{3}", smiles)
+    return "molecule" if drawn and _is_molecule(smiles) else "exact"
+
+
+def _is_molecule(smiles: str) -> bool:
+    """THF and Pd(PPh3)4 only look like one."""
+    try:
+        return molecule_of(smiles) is not None
+    except UserError:  # without RDKit: the scorer says so
+        return True
 
 
 def open_kw(row: dict, gold: str | None) -> dict:
@@ -205,6 +216,11 @@ def mathvista(row: dict) -> dict:
     return {"asked": "\n".join(filter(None, parts))}
 
 
+def in_lines(field: str):
+    """For `options`: those that a field lists as lines, "A. left", or None."""
+    return lambda row: re.findall(r"^[ \t]*\(?[A-H][.):][ \t]+(\S.*?)[ \t]*$", row[field], re.M) or None
+
+
 def vstar(row: dict) -> list[str]:
     return [o.strip() for o in re.findall(r"\([A-D]\)\s*([^()]+?)(?=\s*\([A-D]\)|$)", row["text"])]
 
@@ -220,10 +236,12 @@ def mmmu(post: str, open_post: str = ""):
             raise BadRow(f"the question names {empty[0]}, which is empty")
         images = [image for name in names for image in pictures(row, row[name])]
         gold = ast.literal_eval(row["answer"]) if row["answer"].startswith("[") else row["answer"]
+        subject = row.get("subject") or re.sub(r"^[^_]*_|_\d+$", "", row["id"])
+        domain = next((d for d, names in MMMU_DOMAINS.items() if subject in names.split()), "")
         return document(gold, text="<image>\n" * len(images) + f"{text}\n\n{post if choice else open_post}",
                         images=images, options=options, scorer="choice" if choice else "math", id=row["id"],
-                        kw={"options": options} if choice else {},
-                        group=row.get("subject") or re.sub(r"^[^_]*_|_\d+$", "", row["id"]))
+                        kw={"options": options} if choice else {"abs_tol": 0.005},  # two decimals
+                        group=f"{domain}/{subject}" if domain else subject)
     return load
 
 
@@ -325,6 +343,7 @@ def olympicarena(row, i):
     gold = ", ".join(as_list(answer, None))
     scorer = {"SC": "choice", "MC": "choice-set", "TF": "choice"}.get(kind, "math")
     kw = {"labels": ("True", "False")} if kind == "TF" else {"abs_tol": 1e-5} if scorer == "math" else {}
+    kw |= {"equation": True} if kind == "EQ" and "=" in gold else {}
     return document([gold, f"\\{{{gold}\\}}"] if kind == "SET" else gold, text=plain(row["prompt"]), system=ARENA,
                     scorer=scorer, kw=kw, group=row.get("modality"), id=row["id"])
 

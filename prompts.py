@@ -15,6 +15,15 @@ PRO_VISION = (
 REALWORLD = (
     "Select the best answer to the above multiple-choice question based on the image. Respond with only the letter "
     "(A, B, C, D, or E) of the correct option.\nThe best answer is: ")
+MMMU_DOMAINS = {
+    "Art and Design": "Art Art_Theory Design Music",
+    "Business": "Accounting Economics Finance Manage Marketing",
+    "Science": "Biology Chemistry Geography Math Physics",
+    "Health and Medicine": "Basic_Medical_Science Clinical_Medicine Diagnostics_and_Laboratory_Medicine Pharmacy "
+                           "Public_Health",
+    "Humanities and Social Science": "History Literature Psychology Sociology",
+    "Tech and Engineering": "Agriculture Architecture_and_Engineering Computer_Science Electronics Energy_and_Power "
+                            "Materials Mechanical_Engineering"}
 REALWORLD_CN = "根据图像选择上述多项选择题的最佳答案。只需回答正确选项的字母（A, B, C, D 或 E）。\n最佳答案为： "
 XLRS = (
     "\nSelect the best answer for the multiple-choice question based on the image. Only respond with the letter "

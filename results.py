@@ -8,6 +8,7 @@ evaluate.py calls it with fresh responses and with saved ones (--rescore).
 import contextlib
 import hashlib
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -107,6 +108,8 @@ def summary(name: str, task: Task, docs: list[dict], rows: list[dict], each: lis
     elif task.aggregate in ("group_mean", "all_in_group"):
         by = [r["group" if task.aggregate == "group_mean" else "cluster"] for r in rows]
         found = {metric: getattr(scorers, task.aggregate)(values, by)}
+    elif task.aggregate == "micro_macro":
+        found["macro"] = scorers.group_mean(values, [r["group"] for r in rows])
     elif task.aggregate == "wemath":  # the published number is the plain mean
         with contextlib.suppress(AssertionError):  # --limit may leave no problem whole
             more = scorers.wemath(values, [r["cluster"] for r in rows], [d["extra"].get("key", "") for d in docs])
@@ -120,9 +123,9 @@ def summary(name: str, task: Task, docs: list[dict], rows: list[dict], each: lis
         pairs = [(read, r["gold"]) for r, own in zip(rows, reads) for read in own]
         found |= {f"corpus_{name}": {"value": value, "stderr": None}
                   for name, value in getattr(scorers, task.corpus)(pairs).items()}
-    for other in list(rows[0]["numbers"])[1:]:
-        if all(other in r["numbers"] for r in rows):
-            found[other] = scorers.mean([r["numbers"][other] for r in rows])
+    others = list(rows[0]["numbers"])[1:] if metric != "score" else {k: None for r in rows for k in r["numbers"]}
+    for other in others:  # where scorers are mixed: of the rows that have it
+        found[other] = scorers.mean([r["numbers"][other] for r in rows if other in r["numbers"]])
     if unlabelled := all(r["gold"] is None for r in rows):
         found = {m: {"value": None, "stderr": None} for m in found}
     responses = [r for row in rows for r in row["responses"]]
@@ -130,7 +133,8 @@ def summary(name: str, task: Task, docs: list[dict], rows: list[dict], each: lis
     who = [w for r in rows for w in r.get("judge", ())]
     fine = [e for own, r in zip(each, rows) if not r["error"] for e in own]
     subjects = dict.fromkeys(r["group"] for r in rows if r["group"])
-    parts = {g: [i for i, r in enumerate(rows) if r["group"] == g] for g in subjects}
+    above = {g[:m.start()]: None for g in subjects for m in re.finditer("/", g)}
+    parts = {g: [i for i, r in enumerate(rows) if f"{r['group']}/".startswith(f"{g}/")] for g in above | subjects}
     def middle(values, some): return sum(values[i] or 0.0 for i in some) / len(some)
     return {"alias": name} | {f"{m}{kind},none": v[key] for m, v in found.items()
                               for kind, key in (("", "value"), ("_stderr", "stderr"))} \

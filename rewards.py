@@ -377,7 +377,16 @@ def _parts(text: str) -> tuple[str, list[str]] | None:
     return ("", parts) if len(parts) > 1 else None
 
 
-def math_equal(a: str, gold: str) -> bool:
+def equation_equal(a: str, gold: str) -> bool:
+    """The same equation, whichever sides its terms are on."""
+    def zero(s):
+        left, equals, right = s.strip(" $.").partition("=")
+        return f"({left})-({right})" if equals and "=" not in right else None
+    x, y = zero(a), zero(gold)
+    return bool(x and y) and (algebra_equal(x, y) or algebra_equal(x, f"-({y})"))
+
+
+def math_equal(a: str, gold: str, abs_tol: float = 0) -> bool:
     """Element by element for tuples (in order), sets and lists without brackets (in any order)."""
     want, got = _parts(gold), _parts(a)
     if expression_equal(a, gold):
@@ -392,7 +401,7 @@ def math_equal(a: str, gold: str) -> bool:
         if named and name(x) not in (None, name(y)):
             return False
         m, n = whole_number(x), whole_number(y)
-        return same_value(m, n, 1e-6) if m and n else math_equal(x, y)
+        return same_value(m, n, 1e-6, abs_tol) if m and n else math_equal(x, y, abs_tol)
     if want[0] not in ("", "{}"):
         return all(map(same, got[1], want[1]))
     left = list(got[1])
@@ -408,7 +417,7 @@ def math_expression(response: str, gold: str, rel_tol: float = 1e-6, abs_tol: fl
     want, seen = whole_number(gold), visible(response)
     answer = extract_answer(response)
     if want is None or seen is None:
-        return answer is not None and math_equal(answer, gold)
+        return answer is not None and math_equal(answer, gold, abs_tol)
     answer = marked(seen)
     got = read_number(response) if answer is None else whole_number(answer)
     if got is None and answer is not None and _parts(answer) is None:

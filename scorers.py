@@ -37,9 +37,9 @@ from itertools import zip_longest
 from typing import NamedTuple
 
 from rewards import (LETTERS, NUMBER, SUPERSCRIPTS, _answer_or_last_line, _science, anls, canonical, edit_distance,
-                     extract_answer, iou, is_formula, marked, math_expression, molecule_of, plain_numbers, predict,
-                     read_boolean, read_choice, read_number, tanimoto, text_equal, value_of, visible, whole_number,
-                     word_numbers)
+                     equation_equal, extract_answer, iou, is_formula, marked, math_expression, molecule_of,
+                     plain_numbers, predict, read_boolean, read_choice, read_number, tanimoto, text_equal, value_of,
+                     visible, whole_number, word_numbers)
 
 
 class Scored(NamedTuple):
@@ -205,9 +205,10 @@ def choice_set(text: str, gold: str | Sequence[str], labels: str = LETTERS, opti
 
 # ---- S3 to S7: mathematics and short texts --------------------------------------------------------------------------
 def maths(text: str, gold: str, rel_tol: float = 1e-6, abs_tol: float = 0.0, labels: str = "ABCDEFGH",
-          options: list[str] | None = None):
+          options: list[str] | None = None, equation: bool = False):
     """strict: the answer is marked, too (\\boxed{}, '#### x', 'the answer is x'). A single letter as right answer is a
-    choice; whole numbers are equal or within abs_tol, or within rel_tol where that is above 1e-4."""
+    choice; whole numbers are equal or within abs_tol, or within rel_tol where that is above 1e-4. equation: the answer
+    is one, too."""
     text, strict = said_number(text), marked(said(text)) is not None
     letter = re.fullmatch(r"\(?([A-Z])\)?", re.sub(r"\\(?:text|textbf|mathrm)\{(.*)\}", r"\1", gold.strip()))
     if letter and letter[1] in labels:
@@ -216,6 +217,8 @@ def maths(text: str, gold: str, rel_tol: float = 1e-6, abs_tol: float = 0.0, lab
     only_number = not strict and whole_number(gold) is not None  # an unmarked text without a number is no answer
     read = predict(text, "number" if only_number else "math-expressions")
     right = read is not None and math_expression(text, gold, rel_tol, abs_tol)
+    if equation and read is not None:
+        right = "=" in read and (right or equation_equal(read, gold))
     return read and (read, {"acc": right, "strict": strict and right})
 
 

@@ -18,7 +18,8 @@ Departures
    temperature 1). White space around a question is dropped, and the word <image> in it.
 2. No stop strings in chat: the released "Q:" cuts reasoning short. BBH stops at "Q:", the harness at any capital Q.
 3. What is sent to a judge there is scored by rule here: OpenRxn and MolParse as molecule, number, yes/no or text,
-   whichever the right answer is; SFE by its question types. MMBench's test part has no answers: gold is None.
+   whichever the right answer is; SFE by its question types (open-ended ones by ROUGE-L, with --judge, too). MMBench's
+   test part has no answers: gold is None.
 4. Scores are fractions in [0, 1]; MMBench and V* are percentages there. docs/published.md is in percent.
 5. GPQA's choices are shuffled once, by Random(42) in the order of the file. The harness shuffles questions and examples
    apart, so a question can be its own example there; here never.
@@ -34,7 +35,10 @@ Departures
 10. What Qwen2.5-Math publishes (AIME24, AMC23, MATH-500, MinervaMath) is compared with its tolerance of 1e-4, but whole
     numbers must be equal (there: these, too, have it, and the hundredth and the hundredfold of an answer count), and
     parts of tuples and expressions are exact. OlympiadBench has the tolerance of its rows.
-11. SmolInstruct is the plain mean of its 14 subtasks, as are all groups but agieval (by size).
+11. MMMU's open answers are numbers within 0.005 or equal texts (there a part of a key phrase is enough). CLUEWSC
+    compares the log-probabilities of its letters. Mathematics reports, beside accuracy, strict: right and marked as
+    the answer (there: a score of the format).
+12. SmolInstruct is the plain mean of its 14 subtasks, as are all groups but agieval (by size).
 
 References: Innovator-VL (arXiv 2601.19325) and its lmms-eval fork; Innovator: Scientific Continued Pretraining with
 Fine-grained MoE Upcycling; lm-evaluation-harness 0.4.13; SciAssess; OlympicArena; Qwen2.5-Math's evaluation.
@@ -46,6 +50,7 @@ import functools
 import hashlib
 import os
 import random
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -56,11 +61,11 @@ import pyarrow as pa
 import prompts as p
 from common import UserError
 from data import BadRow, Limits
-from formats import (YES, after_hashes, agieval, arc, as_list, ask, bare, bbh, by_index, by_letter, by_text, cluewsc,
-                     compare, complete, describe_molecule, digit, document, draw_molecule, exam, find, gpqa, hellaswag,
-                     in_picture, last_box, letters, lines, listed, mathvista, mmmu, molecule_property, olympiad,
-                     olympicarena, open_kind, open_kw, pictures, plain, renamed, rows, scibench, sciassess, sfe, smol,
-                     superchem, toy, vstar, whole, winogrande, xlrs)
+from formats import (YES, after_hashes, agieval, arc, as_list, ask, bare, bbh, by_either, by_index, by_letter, by_text,
+                     cluewsc, compare, complete, describe_molecule, digit, document, draw_molecule, exam, find, gpqa,
+                     hellaswag, in_lines, in_picture, last_box, letters, lines, listed, mathvista, mmmu,
+                     molecule_property, olympiad, olympicarena, open_kind, open_kw, pictures, plain, renamed, rows,
+                     scibench, sciassess, sfe, smol, superchem, toy, vstar, whole, winogrande, xlrs)
 from rewards import LETTERS
 
 
@@ -73,7 +78,7 @@ class Task:
     budget: int = 0  # new tokens of a response; 0 for likelihood
     kw: dict = field(default_factory=dict)  # arguments of the scorer; a document's own come on top
     metric: str = ""  # the reported number of the scorer; empty: its first
-    aggregate: str = "mean"  # of scorers.py: mean, group_mean, all_in_group, wemath, rmse, avg@k
+    aggregate: str = "mean"  # of scorers.py: mean, group_mean, micro_macro (both), all_in_group, wemath, rmse, avg@k
     judge: bool = False  # --judge may be asked about answers that the scorer cannot read or finds wrong
     corpus: str = ""  # of scorers.py: numbers of all responses together, beside the means of each
     shots: int = 0  # worked examples before a question
@@ -105,7 +110,8 @@ MMBENCH = ask("{images}{hinted} There are several options:\n{options}\n" + p.DIR
 
 def realworld(before: str, after: str):
     return ask("{images}{question} {listed}\n" + after, image=lambda r: [base64.b64decode(r["bytes"])], gold=by_letter,
-               options=lambda r: bare(r["multi-choice options"]), group="category", id="index", more=listed(before))
+               options=lambda r: bare(r["multi-choice options"]), id="index", more=listed(before),
+               group=lambda r: f"{r['category']}/{r['l2-category']}")
 
 
 def boxed_math(question: str = "question", answer: str = "answer", **kw):
@@ -128,14 +134,16 @@ TASKS = {
                          kw=lambda r, gold: {"spaces": r["dataset"] != "HME100k"}), "contains", 128),
     "chartqa": Task("lmms-lab/ChartQA test", "chartqa/test",
                     ask("{images}{question}\nAnswer the question with a single word.", group="type"), "relaxed", 16),
-    "mmmu_val": Task("lmms-lab/MMMU validation", "mmmu/validation", mmmu(p.DIRECT, p.WORD), "choice", 128),
+    "mmmu_val": Task("lmms-lab/MMMU validation", "mmmu/validation", mmmu(p.DIRECT, p.WORD), "choice", 128,
+                     version=2),
     "mmmu_pro_standard": Task("MMMU/MMMU_Pro, standard (10 options), test", "mmmu_pro/standard*10*/test",
                               mmmu("Answer with the option letter from the given choices directly."), "choice", 256),
     "mmmu_pro_vision": Task("MMMU/MMMU_Pro, vision, test", "mmmu_pro/vision/test",
                             ask("{images}" + p.PRO_VISION, options=lambda r: ast.literal_eval(r["options"]),
                                 group="subject", id="id"), "choice", 256),
     "mmstar": Task("Lin-Chen/MMStar val", "mmstar/val",
-                   ask("{images}{question}\n" + p.DIRECT[:-1], gold=by_letter, group="l2_category"), "choice", 128,
+                   ask("{images}{question}\n" + p.DIRECT[:-1], gold=by_letter,
+                       group=lambda r: f"{r['category']}/{r['l2_category']}"), "choice", 128,
                    {"labels": "ABCD"}, aggregate="group_mean"),
     "vstar_bench": Task("lmms-lab/vstar-bench test", "vstar_bench/test",
                         ask("{images}{asked}\n{options}\n" + p.DIRECT, "label", by_letter, options=vstar,
@@ -143,7 +151,8 @@ TASKS = {
                         "choice", 16),
     "mmbench_en_dev": Task("lmms-lab/MMBench, en, dev", "mmbench/en/dev", MMBENCH, "choice", 1024,
                            aggregate="all_in_group", judge=True),
-    "mmbench_en_test": Task("lmms-lab/MMBench, en, test", "mmbench/en/test", MMBENCH, "choice", 1024,
+    "mmbench_en_test": Task("lmms-lab/MMBench, en, test", "mmbench/en/test",
+                            lambda row, i: MMBENCH({"answer": None} | row, i), "choice", 1024,
                             aggregate="all_in_group"),
     "mmerealworld": Task("yifanzhang114/MME-RealWorld-Lmms-eval train", "mmerealworld/train",
                          realworld("The choices are listed below:", p.REALWORLD), "choice", 16),
@@ -159,8 +168,10 @@ TASKS = {
     "seedbench_2_plus": Task("doolayer/SEED-Bench-2-Plus test", "seedbench_2_plus/test",
                              ask(p.OPTIONS, options="choice_A choice_B choice_C choice_D", gold=by_letter,
                                  group="question_image_type"), "choice", 16),
-    "realworldqa": Task("lmms-lab/RealWorldQA test", "realworldqa/test", ask("{images}{question}"), "exact", 16,
-                        {"ignore": ("case", "punctuation", "numbers")}),
+    "realworldqa": Task("lmms-lab/RealWorldQA test", "realworldqa/test",
+                        ask("{images}{question}", kw=lambda r, gold: {"options": in_lines("question")(r)}
+                            if gold and re.fullmatch("[A-H]", gold) else {}), "exact", 16,
+                        {"ignore": ("case", "punctuation", "numbers")}, version=2),
 
     # ---- vision and language: mathematics
     "mathvision_reason_test_reasoning": Task("MathLLMs/MathVision test", "mathvision/test", MATHVISION, "math", 2048,
@@ -191,9 +202,10 @@ TASKS = {
     "rxnbench_vqa_zh": Task("UniParser/RxnBench, RxnBench-VQA, zh", "rxnbench/zh",
                             ask(p.RXN_ZH, options="choices", gold=by_index, group="question_type"), "choice", 10),
     "MolParse": Task("InnovatorLab/MolParse test", "molparse/test",
-                     ask("{images}{question}", image="images", scorer=open_kind, kw=open_kw), "exact", 256, judge=True),
+                     ask("{images}{question}", image="images", scorer=open_kind, kw=open_kw), "exact", 256, judge=True,
+                     version=2),
     "OpenRxn": Task("InnovatorLab/OpenRxn test", "openrxn/test",
-                    ask("{images}{question}", scorer=open_kind, kw=open_kw), "exact", 256, judge=True),
+                    ask("{images}{question}", scorer=open_kind, kw=open_kw), "exact", 256, judge=True, version=2),
     "EMVista": Task("InnovatorLab/EMVista test", "emvista/test",
                     ask("{images}{problem}\n" + p.DIRECT, gold=by_letter), "choice", 256, {"labels": "ABCD"}),
     "superchem": Task("ZehuaZhao/SUPERChem", "superchem/train superchem/test", superchem("en", p.SUPERCHEM),
@@ -212,8 +224,10 @@ TASKS = {
                      ask(p.MICRO, "correct_index", by_index, image="images_list", options="choices",
                          mark="  ({}): {}"), "choice", 4096),
     "msearth_mcq": Task("MSEarth/MSEarth_MCQ train", "msearth_mcq/train",
-                        ask(p.MSEARTH, "response", by_letter), "choice", 4096, {"labels": "ABCD"}),
-    "xlrs-lite": Task("initiacms/XLRS-Bench-lite train", "xlrs/train", xlrs, "choice-set", 4096),
+                        ask(p.MSEARTH, "response", by_either, options=in_lines("query")), "choice", 4096,
+                        {"labels": "ABCDEFGH"}, version=2),
+    "xlrs-lite": Task("initiacms/XLRS-Bench-lite train", "xlrs/train", xlrs, "choice-set", 4096,
+                      aggregate="micro_macro"),
 
     # ---- text: the harness' suites for base models
     "mmlu": Task("cais/mmlu test, dev; github hendrycks/test", "mmlu/test/*.csv mmlu/all/test mmlu/*/test",
@@ -301,7 +315,8 @@ NAMES = {"split": ";", "ignore": ()}
 MOLT5 = {"molecule_captioning": "corpus_captions", "molecule_generation": "corpus_molecules"}  # data of ChEBI-20
 SMOL = {  # SMolInstruct's subtask: scorer, budget, arguments, metric
     "forward_synthesis": ("molecule", 128, {}, "tanimoto"), "retrosynthesis": ("molecule", 960, {}, "tanimoto"),
-    "molecule_captioning": ("overlap", 1024, {}, "rouge1"), "molecule_generation": ("molecule", 1024, {}, "tanimoto"),
+    "molecule_captioning": ("overlap", 1024, {"stem": False}, "rouge1"),
+    "molecule_generation": ("molecule", 1024, {}, "tanimoto"),
     "name_conversion-i2f": ("formula", 20, {}, ""), "name_conversion-i2s": ("molecule", 1024, {}, "tanimoto"),
     "name_conversion-s2f": ("formula", 20, {}, ""), "name_conversion-s2i": ("exact", 1024, NAMES, ""),
     "property_prediction-esol": ("regress", 1024, {}, ""), "property_prediction-lipo": ("regress", 1024, {}, ""),
@@ -309,7 +324,7 @@ SMOL = {  # SMolInstruct's subtask: scorer, budget, arguments, metric
     "property_prediction-hiv": ("choice", 20, YES, ""), "property_prediction-sider": ("choice", 20, YES, "")}
 TASKS |= {f"smol_{name}": Task("OSU-NLP/SMolInstruct test, as jsonl of question and answer", f"smolinstruct/{name}",
                                smol(p.SMOL[name]), *row, aggregate="rmse" if row[0] == "regress" else "mean",
-                               corpus=MOLT5.get(name, ""))
+                               corpus=MOLT5.get(name, ""), version=2 if name == "molecule_captioning" else 1)
           for name, row in SMOL.items()}
 
 CHOICE, CELLS = ("choice", {}), ("table", {})
@@ -340,11 +355,11 @@ SCIASSESS = {  # the paper's name: folder, scorer and arguments
     "markush_to_molecule": ("MED_markush2mol", "molecule", {}, "tanimoto"),
     "molecule_in_document": ("MED_mol_in_document", "choice", YES)}
 TASKS |= {f"sciassess_{name}": Task("github sci-assess/SciAssess, sciassess/Registry/data", f"sciassess/**/{folder}/"
-                                    "samples.jsonl", sciassess, scorer, 1024, *rest)
+                                    "samples.jsonl", sciassess, scorer, 5000, *rest, version=2)
           for name, (folder, scorer, *rest) in SCIASSESS.items()}
 ARENAS = ("Math", "Physics", "Chemistry", "Biology", "Geography", "Astronomy")
 TASKS |= {f"olympicarena_{name.lower()}": Task(f"GAIR/OlympicArena, {name}, val", f"olympicarena/{name}/val",
-                                               olympicarena, "math", 2048) for name in ARENAS}
+                                               olympicarena, "math", 2048, version=2) for name in ARENAS}
 
 
 # ---- groups: the papers' tables -------------------------------------------------------------------------------------

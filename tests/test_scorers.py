@@ -660,6 +660,28 @@ def test_molt5_numbers_without_a_library(monkeypatch, count, library):
         count([("CCO", "CCO")])
 
 
+def test_rouge_of_molecule_captions_is_of_words_as_they_stand(science):
+    """LLM4Chem's RougeScorer has no stemmer; SFE's has."""
+    said, gold = "The molecules are alcohols.", "The molecule is an alcohol."
+    for name, value in (("smol_molecule_captioning", 2 / 9), ("mol2caption", 6 / 9)):
+        assert score("overlap", said, gold, "rouge1", **TASKS[name].kw).numbers["rouge1"] == pytest.approx(value)
+
+
+def test_summary_of_parts():
+    """XLRS: micro and macro. SFE: each scorer's numbers, over its rows. Groups: also what is before a slash."""
+    def summary(name, groups, scored):
+        rows = [dict(id=str(k), group=g, cluster=None, gold="x", numbers=n, read=None, error=None, responses=[])
+                for k, (g, n) in enumerate(zip(groups, scored))]
+        return results.summary(name, TASKS[name], [dict(chance=0.0, extra={})] * len(rows), rows, [[n] for n in scored])
+    found = summary("xlrs-lite", ["a/b", "a/b", "a/c", "d"], [{"acc": v} for v in (1.0, 0.0, 1.0, 0.0)])
+    assert (found["acc,none"], found["macro,none"]) == (0.5, 0.5 / 3 + 1 / 3)
+    assert {g: (v["value"], v["n"]) for g, v in found["by_group"].items()} == {
+        "a": (2 / 3, 3), "a/b": (0.5, 2), "a/c": (1, 1), "d": (0, 1)}
+    found = summary("sfe-en", ["p"] * 3, [{"acc": 1.0}, {"acc": 0.0}, {"rougeL": 0.5, "rouge1": 0.7}])
+    assert [found[f"{m},none"] for m in results.metrics(found)] == [0.5, 0.5, 0.5, 0.7]
+    assert results.metrics(found) == ["score", "acc", "rougeL", "rouge1"]
+
+
 def test_levenshtein_of_a_molecule_is_a_similarity():
     assert "levenshtein" not in results.LOWER_IS_BETTER and "corpus_levenshtein" in results.LOWER_IS_BETTER
 

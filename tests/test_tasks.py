@@ -275,15 +275,15 @@ CHAT = {  # first document: text, gold, options, group
     "ocrbench": ("<image>\nwhat is written in the image?", ["CENTRE", "Centre"], None, "Regular Text Recognition"),
     "chartqa": ("<image>\nHow many bars?\nAnswer the question with a single word.", "14", None, "human_test"),
     "mmmu_val": ("<image>\n<image>\n<image>\nWhich of <image 2> and <image 1>?\nA. <image 3>\nB. blue\n\n" + L, "A",
-                 ["<image 3>", "blue"], "Art_Theory"),
+                 ["<image 3>", "blue"], "Art and Design/Art_Theory"),
     "mmmu_pro_standard": ("<image>\nWho? <image 1>\n" + "\n".join(f"{x.upper()}. {x}" for x in "abcdefghij")
                           + "\n\nAnswer with the option letter from the given choices directly.", "J",
-                          list("abcdefghij"), "History"),
+                          list("abcdefghij"), "Humanities and Social Science/History"),
     "mmmu_pro_vision": ("<image>\nAnswer with the option letter from the given choices directly. The last line of your "
                         "response should be of the following format: 'Answer: $LETTER' (without quotes) where LETTER "
                         "is one of options.", "C", RED, "Math"),
     "mmstar": ("<image>\nWhich?\nOptions: A: red, B: blue, C: green, D: grey\nAnswer with the option's letter from the "
-               "given choices directly", "B", None, "image emotion"),
+               "given choices directly", "B", None, "coarse perception/image emotion"),
     "vstar_bench": ("<image>\nWhat colour is the car?" + ABCD + L, "B", RED, "direct_attributes"),
     "mmbench_en_dev": ("<image>\nIt is warm. Which colour? There are several options:" + ABCD + L, "A", RED, "colour"),
     "mmbench_en_test": ("<image>\nIt is warm. Which colour? There are several options:" + ABCD + L, None, RED,
@@ -291,9 +291,10 @@ CHAT = {  # first document: text, gold, options, group
     "mmerealworld": ("<image>\nWhich colour? The choices are listed below:\n" + "\n".join(INLINE) + "\nSelect the best "
                      "answer to the above multiple-choice question based on the image. Respond with only the letter "
                      "(A, B, C, D, or E) of the correct option.\nThe best answer is: ", "B", RED + ["none"],
-                     "Perception/OCR"),
+                     "Perception/OCR/sign"),
     "mmerealworld_cn": ("<image>\n什么颜色？ 选项如下所示:\n" + "\n".join(INLINE) + "\n根据图像选择上述多项选择题的最佳答案。只需"
-                        "回答正确选项的字母（A, B, C, D 或 E）。\n最佳答案为： ", "B", RED + ["none"], "Perception/OCR"),
+                        "回答正确选项的字母（A, B, C, D 或 E）。\n最佳答案为： ", "B", RED + ["none"],
+                        "Perception/OCR/sign"),
     "docvqa_val": ("<image>\nWhat is the date?\n" + W, ["8 May", "May 8"], None, ""),
     "infovqa_val": ("<image>\nWhat share?\n" + W, ["20%"], None, ""),
     "seedbench": ("<image>\n" * 3 + "Which?" + ABCD + L, "D", RED, "video"),
@@ -347,7 +348,7 @@ CHAT = {  # first document: text, gold, options, group
         "layer?\nA. red\nB. blue\n\nBased on the image, select the correct option (e.g., 'A', 'B', 'C') or directly "
         "state the correct option content.\n\nThe output must be written in **JSON format** using the structure "
         "below:\n```json\n{\n    \"answer\": \"Correct option or short answer\",\n    \"Explanation\": \"Reasoning "
-        "explaining how to derive the correct answer.\" \n}\n```\n", "B", None, ""),
+        "explaining how to derive the correct answer.\" \n}\n```\n", "B", ["red", "blue"], ""),
     "xlrs-lite": ("<image>\nWhat is there?The choices are listed below:\n" + "\n".join(INLINE[:4])
                   + "\n\nSelect the best "
                   "answer for the multiple-choice question based on the image. Only respond with the letter "
@@ -557,6 +558,7 @@ def test_other_rows(root):
     assert [d["scorer"] for d in documents("OpenRxn", root)] == ["molecule", "math", "choice", "exact"]
     assert [d["scorer"] for d in documents("sfe-en", root)] == ["choice", "math", "overlap", "iou"]
     assert documents("MolParse", root)[0]["scorer"] == "molecule"
+    assert second("mmmu_val")["kw"] == {"abs_tol": 0.005}
     assert second("xlrs-lite")["gold"] == "AC" and text(second("xlrs-lite")).endswith("The answer(s) is(are):")
     assert second("cluewsc")["gold"] == 1 and documents("agieval_choice", root)[1]["gold"] == [0, 2]
     steps = documents("wemath_testmini_reasoning", root)
@@ -567,6 +569,39 @@ def test_other_rows(root):
     assert len(documents("physics", root)) == 2  # worked examples of the book are left out
     arena = documents("olympicarena_math", root)[1]
     assert (arena["scorer"], arena["gold"], arena["messages"][0]["content"]) == ("choice-set", "A, C", prompts.ARENA)
+
+
+def test_open_answers_that_only_look_like_molecules(tmp_path):
+    scorers = pytest.importorskip("scorers")
+    pytest.importorskip("rdkit")
+    golds = ["THF", "DMSO", "Pd(PPh3)4", "(S)", "TFA,DCM", "CC(=O)O", "c1ccccc1<sep><a>0:R[1]</a>"]
+    docs = documents("OpenRxn", at(tmp_path, openrxn__test=[
+        dict(image=str(REAL / "none.png"), question=f"What is it? {k}", answer=g) for k, g in enumerate(golds)]))
+    assert [d["scorer"] for d in docs] == ["exact"] * 5 + ["molecule"] * 2
+    for d in docs:
+        assert next(iter(scorers.score(d["scorer"], d["gold"], d["gold"], **d["kw"]).numbers.values())) == 1
+
+
+@pytest.mark.parametrize("name,file,row,right,wrong", [
+    ("realworldqa", "realworldqa__test",
+     dict(image="a.png", question="Where?\nA. Left\nB. Right\nC. Ahead", answer="A"),
+     ("A", "Left", "A. Left", "It is Left."), ("B", "Right")),
+    ("realworldqa", "realworldqa__test", dict(image="a.png", question="Is it red?", answer="Yes"), ("Yes", "yes."),
+     ("No",)),
+    ("msearth_mcq", "msearth_mcq__train", dict(image="a.png", query="Which?\nA. red\nB. blue", response="blue"),
+     ("B", '{"answer": "blue", "Explanation": "red is A"}', '{"answer": "B"}'), ('{"answer": "red"}', "A")),
+    ("mmmu_val", "mmmu__validation",
+     dict(id="validation_Math_1", question="How many? <image 1>", options="[]", answer="24.333", question_type="open",
+          image_1="a.png"), ("24.33", "The answer is 24.33."), ("24.3",))])
+def test_options_and_decimals_that_answers_leave_out(tmp_path, name, file, row, right, wrong):
+    scorers = pytest.importorskip("scorers")
+    (tmp_path / "a.png").write_bytes(picture())
+    row = {k: str(tmp_path / v) if v == "a.png" else v for k, v in row.items()}
+    doc, = documents(name, at(tmp_path, **{file: [row]}))
+    for texts, value in ((right, 1), (wrong, 0)):
+        for said in texts:
+            found = scorers.score(doc["scorer"], said, doc["gold"], **(TASKS[name].kw | doc["kw"]))
+            assert next(iter(found.numbers.values())) == value, said
 
 
 def at(folder: Path, **tables) -> Path:
@@ -617,7 +652,10 @@ ARENA_TYPES = {  # answer type: answer, scorer, a right and a wrong response
     "TF": (["False"], "choice", "False", "True"), "NV": (["0.5"], "math", "0.500001", "0.51"),
     "SET": (["1", "2"], "math", "\\{2, 1\\}", "1"), "IN": (["[0, 1)"], "math", "[0,1)", "[0,1]"),
     "EX": (["$x^2+1$"], "math", "1+x^2", "x^2"), "EQ": (["$y=2x$"], "math", "y=2x", "y=3x"),
+    "EQ, sides": (["$y=2x$"], "math", "y-2x=0", "2x"), "EQ, exchanged": (["$y=2x$"], "math", "2x=y", "2y=x"),
     "TUP": (["(1, 2)"], "math", "(1,2)", "(2,1)"), "MPV": (["3", "4"], "math", "3, 4", "3, 5"),
+    "MPV, rounded": (["0.333333", "2"], "math", "0.33333, 2", "0.3333, 2"),
+    "TUP, rounded": (["(0.333333, 2)"], "math", "(0.33333, 2)", "(2, 0.33333)"),
     "MA": (["3", "-3"], "math", "-3, 3", "3")}
 
 
@@ -628,8 +666,8 @@ def test_olympicarena_answer_types(tmp_path, kind):
     pytest.importorskip("math_verify")
     answer, scorer, right, wrong = ARENA_TYPES[kind]
     row = dict(id="Math_1", problem="p", prompt="Find it.", figure_urls=None, answer=answer, solution="", unit=None,
-               answer_type=kind, answer_sequence=None, type_sequence=None, test_cases=None, subject="Math",
-               language="EN", modality="text-only")
+               answer_type=kind.partition(",")[0], answer_sequence=None, type_sequence=None, test_cases=None,
+               subject="Math", language="EN", modality="text-only")
     doc = documents("olympicarena_math", at(tmp_path, olympicarena__Math__val=[row]))[0]
     assert doc["scorer"] == scorer
     for said, value in ((right, 1), (wrong, 0), (right.replace("\\{", "").replace("\\}", ""), 1)):
@@ -829,7 +867,8 @@ def test_defect_13_no_stop_strings_in_chat(root):
 
 def test_defect_14_one_scale():
     """Fractions everywhere; only the published tables are in percent."""
-    assert {t.aggregate for t in TASKS.values()} <= {"mean", "group_mean", "all_in_group", "wemath", "rmse", "avg@k"}
+    assert {t.aggregate for t in TASKS.values()} <= {"mean", "group_mean", "micro_macro", "all_in_group",
+                                                      "wemath", "rmse", "avg@k"}
     for table in (tasks.VL, tasks.TEXT, tasks.SCIENCE, tasks.REASON):
         values = [v for row in published(table)[1].values() for v in row]
         assert 1 < max(values) <= 100 and min(values) >= 0
