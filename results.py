@@ -97,7 +97,7 @@ def ask_judge(judge: rewards.Judge, docs: list[dict], rows: list[dict], each: li
 def summary(name: str, task: Task, docs: list[dict], rows: list[dict], each: list[list[dict]]) -> dict:
     """A task's entry in results.json; its metric comes first. Tasks that mix scorers call it score."""
     firsts = {next(iter(e[0])) for e in each}
-    metric = f"avg@{task.samples}" if task.samples > 1 else firsts.pop() if len(firsts) == 1 else "score"
+    metric = f"avg@{task.samples}" if task.samples > 1 else next(iter(firsts)) if len(firsts) == 1 else "score"
     values = [next(iter(r["numbers"].values())) for r in rows]
     main = [[next(iter(e.values())) for e in own] for own in each]
     found = {metric: scorers.avg_at_k(main)}
@@ -123,9 +123,11 @@ def summary(name: str, task: Task, docs: list[dict], rows: list[dict], each: lis
         pairs = [(read, r["gold"]) for r, own in zip(rows, reads) for read in own]
         found |= {f"corpus_{name}": {"value": value, "stderr": None}
                   for name, value in getattr(scorers, task.corpus)(pairs).items()}
-    others = list(rows[0]["numbers"])[1:] if metric != "score" else {k: None for r in rows for k in r["numbers"]}
-    for other in others:  # where scorers are mixed: of the rows that have it
-        found[other] = scorers.mean([r["numbers"][other] for r in rows if other in r["numbers"]])
+    names = dict.fromkeys(k for r in rows for k in r["numbers"])
+    for other in names:
+        some = [r["numbers"][other] for r in rows if other in r["numbers"]]
+        if metric == "score" or other not in firsts and len(some) == len(rows):  # of mixed scorers all parts
+            found[other] = scorers.mean(some)
     if unlabelled := all(r["gold"] is None for r in rows):
         found = {m: {"value": None, "stderr": None} for m in found}
     responses = [r for row in rows for r in row["responses"]]
