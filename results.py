@@ -123,11 +123,12 @@ def summary(name: str, task: Task, docs: list[dict], rows: list[dict], each: lis
         pairs = [(read, r["gold"]) for r, own in zip(rows, reads) for read in own]
         found |= {f"corpus_{name}": {"value": value, "stderr": None}
                   for name, value in getattr(scorers, task.corpus)(pairs).items()}
-    names = dict.fromkeys(k for r in rows for k in r["numbers"])
+    names, parts_n = dict.fromkeys(k for r in rows for k in r["numbers"]), {}
     for other in names:
         some = [r["numbers"][other] for r in rows if other in r["numbers"]]
         if metric == "score" or other not in firsts and len(some) == len(rows):  # of mixed scorers all parts
             found[other] = scorers.mean(some)
+            parts_n |= {other: len(some)} if metric == "score" else {}
     if unlabelled := all(r["gold"] is None for r in rows):
         found = {m: {"value": None, "stderr": None} for m in found}
     responses = [r for row in rows for r in row["responses"]]
@@ -145,6 +146,7 @@ def summary(name: str, task: Task, docs: list[dict], rows: list[dict], each: lis
            "errors": share((r["error"] not in (None, NO_LABEL if unlabelled else None) for r in rows), rows),
            "length": share((r["tokens"] for r in responses), responses),
            "chance": share((d["chance"] for d in docs), docs), "n": len(rows),
+           **({"parts": parts_n} if parts_n else {}),
            **({"judged": share((w == "judge" for w in who), who), "judge_failed": sum("no judge" in w for w in who)}
               if who else {}),
            "by_group": {g: {"value": middle(values, some), "n": len(some),
@@ -186,7 +188,7 @@ def tables(r: dict, with_published: bool) -> str:
         rest = "|".join(f"{result[k]:.3f}" for k in ("unparsed", "truncated", "errors"))
         for m in metrics(result):
             lines.append(f"|{name}|{r['versions'][name]}|{r['n-shot'][name]}|{m}|{number(result[f'{m},none'])}|"
-                         f"{number(result[f'{m}_stderr,none'])}|{rest}|{result['n']}|")
+                         f"{number(result[f'{m}_stderr,none'])}|{rest}|{result.get('parts', {}).get(m, result['n'])}|")
     if r["groups"]:
         lines += ["", "|Groups|Average|Stderr|n|", "|---|---|---|---|"]
         lines += [f"|{g}|{number(x['score,none'])}|{number(x['score_stderr,none'])}|{x['n']}|"

@@ -680,6 +680,7 @@ def test_summary_of_parts():
     found = summary("sfe-en", ["p"] * 3, [{"acc": 1.0}, {"acc": 0.0}, {"rougeL": 0.5, "rouge1": 0.7}])
     assert [found[f"{m},none"] for m in results.metrics(found)] == [0.5, 0.5, 0.5, 0.7]
     assert results.metrics(found) == ["score", "acc", "rougeL", "rouge1"]
+    assert found["n"] == 3 and found["parts"] == {"acc": 2, "rougeL": 1, "rouge1": 1}
 
 
 def test_levenshtein_of_a_molecule_is_a_similarity():
