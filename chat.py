@@ -57,7 +57,7 @@ class Config:
     host: str = "127.0.0.1"  # address that it listens at; 0.0.0.0: all, for other machines
     engine: Literal["auto", "torch", "vllm"] = "auto"  # of the server; auto: vllm on GPUs, torch on CPUs
     batch: int = 64  # requests that the server answers together
-    max_pixels: int = 0  # area that the server reduces pictures to, 0: the model's
+    max_pixels: int = 0  # area that larger pictures are reduced to, 0: the model's
 
     def __post_init__(self):
         assert self.max_new_tokens > 0, f"--max-new-tokens {self.max_new_tokens} must be positive"
@@ -67,7 +67,9 @@ class Config:
         assert 0 <= self.serve < 65536, f"--serve {self.serve} is no port"
         assert self.batch > 0, f"--batch {self.batch} must be positive"
         assert not self.serve or not self.top_k, "--top-k is not for --serve"
-        assert self.max_pixels >= 0, f"--max-pixels {self.max_pixels} must not be negative"
+        assert not self.max_pixels or self.max_pixels >= Limits.min_pixels, \
+            f"--max-pixels {self.max_pixels}: give {Limits.min_pixels} or more"
+        self.limits = Limits(max_pixels=self.max_pixels) if self.max_pixels else Limits()
 
 
 def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -91,7 +93,7 @@ def split_words(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def answer(model: Innovator, tok: Tokenizer, c: Config, messages: list[dict], images: list) -> str:
     """Prints the reply to the last message as it comes, and returns it."""
-    prompt = encode(messages, images, tok, Limits(), generate=True)
+    prompt = encode(messages, images, tok, c.limits, generate=True)
     pixels = (None if prompt.pixels is None else
               normalise(torch.from_numpy(prompt.pixels).to(model.device), model.compute_dtype))
     held = []  # tokens whose bytes may end inside a character
@@ -150,7 +152,7 @@ def understood(body: bytes, c: Config, tok: Tokenizer, config: ModelConfig) -> S
         messages = [{"role": "system", "content": c.system}, *messages]
     if images and config.vision is None:
         raise BadRow("the checkpoint has no vision tower")
-    prompt = encode(messages, images, tok, Limits(max_pixels=c.max_pixels) if c.max_pixels else Limits(), generate=True)
+    prompt = encode(messages, images, tok, c.limits, generate=True)
     room = config.max_position_embeddings - len(prompt.ids)
     stop = given.get("stop", [])
     task = SimpleNamespace(
