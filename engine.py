@@ -1,9 +1,12 @@
 """Engines that continue prompts: model.py's own generate, and vLLM in this process or on ranks of its own.
 
-    engine = make("vllm", config, dtype, device, ...)   # no weights yet
+    engine = VllmEngine(config, dtype, device, ...)     # no weights yet
     engine.load(gathered(model, dtype))                 # (name, whole parameter) pairs, after every update
     engine.generate(docs, n, sampling, seed)            # n Continuations of every data.Doc, then
     engine.sleep()                                      # GPU memory back to the trainer until the next load
+
+    engine = of_checkpoint(folder, "vllm", ...)         # evaluate.py and chat.py: with weights, and
+    respond(engine, tok, task, together, seed, batches) # its answers as texts
 
 TorchEngine is the reference and needs nothing. VllmEngine gives vLLM the decoder alone, under the names of a released
 architecture (Qwen2, Qwen3, Qwen2-MoE, Qwen3-MoE); prompts with pictures reach it as embeddings that vision.py and a
