@@ -248,7 +248,9 @@ def serve(c: Config, folder: Path, name: str, tok: Tokenizer, dtype: torch.dtype
     held, together = [], c.batch
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(engine):
         for number in itertools.count():
-            held = held or [waiting.get()]
+            while not held:  # NOTE with a limit: a Ctrl-C that another thread gets does not wake this one
+                with contextlib.suppress(queue.Empty):
+                    held = [waiting.get(timeout=0.5)]
             time.sleep(0.01)  # others are on their way
             while not waiting.empty():
                 held.append(waiting.get())
