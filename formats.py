@@ -130,7 +130,7 @@ def as_list(value, options): return [str(v) for v in value] if isinstance(value,
 def by_index(value, options): return LETTERS[int(value)]
 def by_letter(value, options): return m[1].upper() if (m := re.match(r"\W*([A-Za-z])\b", value)) else value.strip()
 def by_text(value, options): return LETTERS[options.index(value)] if options and value in options else str(value)
-def by_either(value, options): return by_letter(by_text(value.strip(), options), options)
+def by_either(value, options): return by_letter(by_text(value, options) if len(value.strip()) > 1 else value, options)
 def whole(value, options): return f"{value:g}" if isinstance(value, float) else str(value).strip()
 def digit(value, options): return re.search(r"\d+", str(value))[0]
 def last_box(value, options): return boxed(value)
@@ -217,8 +217,14 @@ def mathvista(row: dict) -> dict:
 
 
 def in_lines(field: str):
-    """For `options`: those that a field lists as lines, "A. left", or None."""
-    return lambda row: re.findall(r"^[ \t]*\(?[A-H][.):][ \t]+(\S.*?)[ \t]*$", row[field], re.M) or None
+    """For `options`: those that a field lists as lines, "A. left" and so on, or None. The last list counts: a caption
+    may begin with "A." """
+    def read(row):
+        found = re.findall(r"^[ \t]*\(?([A-Ha-h])[.):。][ \t]*(\S.*?)[ \t]*$", row[field], re.M)
+        labels = "".join(label for label, _ in found).upper()
+        start = max(labels.rfind("A"), 0)
+        return [text for _, text in found[start:]] if labels and LETTERS.startswith(labels[start:]) else None
+    return read
 
 
 def vstar(row: dict) -> list[str]:

@@ -136,8 +136,9 @@ def summary(name: str, task: Task, docs: list[dict], rows: list[dict], each: lis
     who = [w for r in rows for w in r.get("judge", ())]
     fine = [e for own, r in zip(each, rows) if not r["error"] for e in own]
     subjects = dict.fromkeys(r["group"] for r in rows if r["group"])
-    above = {g[:m.start()]: None for g in subjects for m in re.finditer("/", g)}
-    parts = {g: [i for i, r in enumerate(rows) if f"{r['group']}/".startswith(f"{g}/")] for g in above | subjects}
+    above = {g[:m.start()]: None for g in subjects for m in re.finditer("(?<=.)/", g)}
+    parts = {g: [i for i, r in enumerate(rows) if r["group"] == g or g not in subjects and
+                 r["group"].startswith(f"{g}/")] for g in above | subjects}
     def middle(values, some): return sum(values[i] or 0.0 for i in some) / len(some)
     return {"alias": name} | {f"{m}{kind},none": v[key] for m, v in found.items()
                               for kind, key in (("", "value"), ("_stderr", "stderr"))} \

@@ -339,10 +339,11 @@ def _math_verify():
 def algebra_equal(a: str, gold: str, seconds: int = 2) -> bool:
     """Are two expressions equal by computer algebra? Only one value (or equation) against one value: parts of lists are
     compared by math_equal. Bounded by an alarm in a main thread; elsewhere only the pool's time-out bounds it."""
-    def kind(s):  # an equation is no value, a subscript is a base or another name, and X is not x
+    def kind(s):  # an equation is no value, a subscript is a base or another name, a derivative no value, X is not x
         s = re.sub(r"^\s*\$*\s*[A-Za-z](?:\([a-z]\))?\s*=(?!=)", "", s)
         latin = re.sub(r"\\[A-Za-z]+", "", s)
-        return "=" in s, tuple(re.findall(r"_\s*\{?\w+", s)), set(latin) & set("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
+        primes = sorted(re.findall(r"'|\\prime|\\partial|\bd\^?\{?\d?\}?\s*[a-z]\b", s))  # math-verify drops them
+        return "=" in s, tuple(re.findall(r"_\s*\{?\w+", s)), primes, set(latin) & set("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
     words = r"(?<![\\A-Za-z])(?:[A-Za-z]{3,}|or|is|no)(?![A-Za-z])|\\text"  # products of letters equal their anagrams
     bare = re.sub(r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}", "", a)  # units
     if (not bare.strip() or max(len(a), len(gold)) > 300 or kind(a) != kind(gold) or re.search(words, gold)

@@ -217,8 +217,9 @@ def maths(text: str, gold: str, rel_tol: float = 1e-6, abs_tol: float = 0.0, lab
     only_number = not strict and whole_number(gold) is not None  # an unmarked text without a number is no answer
     read = predict(text, "number" if only_number else "math-expressions")
     right = read is not None and math_expression(text, gold, rel_tol, abs_tol)
-    if equation and read is not None:
-        right = "=" in read and (right or equation_equal(read, gold))
+    if equation and read is not None and not only_number:
+        of = [m and m[1] for m in (re.match(r"[\s$]*([A-Za-z](?:\([a-z]\))?)\s*=", s) for s in (read, gold))]
+        right = "=" in read and (right and (None in of or of[0] == of[1]) or equation_equal(read, gold))
     return read and (read, {"acc": right, "strict": strict and right})
 
 

@@ -297,7 +297,7 @@ TASKS = {
     "math500": Task("HuggingFaceH4/MATH-500 test", "math500/test",
                     boxed_math("problem", group="subject", id="unique_id"), "math", 2048, QWEN, version=2),
     "olympiadbench": Task("github QwenLM/Qwen2.5-Math, evaluation/data/olympiadbench", "olympiadbench/test", olympiad,
-                          "math", 2048),
+                          "math", 2048, version=2),
     "minerva_math": Task("github QwenLM/Qwen2.5-Math, evaluation/data/minerva_math", "minerva_math/test",
                          boxed_math("problem", "solution", gold=last_box, group="type"), "math", 2048, QWEN,
                          version=2),

@@ -667,6 +667,14 @@ def test_rouge_of_molecule_captions_is_of_words_as_they_stand(science):
         assert score("overlap", said, gold, "rouge1", **TASKS[name].kw).numbers["rouge1"] == pytest.approx(value)
 
 
+def test_derivatives_and_equations_are_no_values(science):
+    for gold, wrong in (("y'", "y''"), ("2y'", "2y"), ("\\frac{dy}{dx}", "0"), ("\\frac{dy}{dx}=3x", "3x=0")):
+        assert first("math", f"\\boxed{{{wrong}}}", gold) == 0 and first("math", f"\\boxed{{{gold}}}", gold) == 1
+    assert first("math", "\\boxed{1+y'}", "y'+1") == 1
+    for said in ("x=1", "so we get x = 1", "$x=1$", "\\boxed{x=1}"):
+        assert score("math", said, "$x=1$", abs_tol=1e-5, equation=True).numbers["acc"] == 1, said
+
+
 def test_summary_of_parts():
     """XLRS: micro and macro. SFE: each scorer's numbers, over its rows. Groups: also what is before a slash."""
     def summary(name, groups, scored):
@@ -677,6 +685,8 @@ def test_summary_of_parts():
     assert (found["acc,none"], found["macro,none"]) == (0.5, 0.5 / 3 + 1 / 3)
     assert {g: (v["value"], v["n"]) for g, v in found["by_group"].items()} == {
         "a": (2 / 3, 3), "a/b": (0.5, 2), "a/c": (1, 1), "d": (0, 1)}
+    found = summary("olympiadbench", ["A/b", "A", "/c"], [{"acc": 1.0}] * 3)
+    assert {g: v["n"] for g, v in found["by_group"].items()} == {"A": 1, "A/b": 1, "/c": 1}
     found = summary("sfe-en", ["p"] * 3, [{"acc": 1.0}, {"acc": 0.0}, {"rougeL": 0.5, "rouge1": 0.7}])
     assert [found[f"{m},none"] for m in results.metrics(found)] == [0.5, 0.5, 0.5, 0.7]
     assert results.metrics(found) == ["score", "acc", "rougeL", "rouge1"]

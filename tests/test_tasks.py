@@ -588,6 +588,12 @@ def test_open_answers_that_only_look_like_molecules(tmp_path):
      ("A", "Left", "A. Left", "It is Left."), ("B", "Right")),
     ("realworldqa", "realworldqa__test", dict(image="a.png", question="Is it red?", answer="Yes"), ("Yes", "yes."),
      ("No",)),
+    ("msearth_mcq", "msearth_mcq__train", dict(image="a.png", query="Which panel?\nA. B\nB. C\nC. A", response="A"),
+     ("A", '{"answer": "A"}'), ("C",)),
+    ("msearth_mcq", "msearth_mcq__train", dict(image="a.png", response="C", query="A. Smith et al. saw it.\nWhich?\n"
+                                               "A.red\nb. blue\nC。green"), ("C", '{"answer": "green"}'), ("blue", "A")),
+    ("msearth_mcq", "msearth_mcq__train", dict(image="a.png", response="B", query="C. elegans is\nA. red\nB. blue\n"
+                                               "C. green"), ("B", "blue"), ("red", "C")),
     ("msearth_mcq", "msearth_mcq__train", dict(image="a.png", query="Which?\nA. red\nB. blue", response="blue"),
      ("B", '{"answer": "blue", "Explanation": "red is A"}', '{"answer": "B"}'), ('{"answer": "red"}', "A")),
     ("mmmu_val", "mmmu__validation",
@@ -653,6 +659,8 @@ ARENA_TYPES = {  # answer type: answer, scorer, a right and a wrong response
     "SET": (["1", "2"], "math", "\\{2, 1\\}", "1"), "IN": (["[0, 1)"], "math", "[0,1)", "[0,1]"),
     "EX": (["$x^2+1$"], "math", "1+x^2", "x^2"), "EQ": (["$y=2x$"], "math", "y=2x", "y=3x"),
     "EQ, sides": (["$y=2x$"], "math", "y-2x=0", "2x"), "EQ, exchanged": (["$y=2x$"], "math", "2x=y", "2y=x"),
+    "EQ, named": (["$y=2x$"], "math", "y = 2x", "z=2x"), "EQ, derivative": (["$y'=2y$"], "math", "2y=y'", "y=2y"),
+    "EQ, second": (["$y''+y=0$"], "math", "y''=-y", "y=-y"), "EQ, number": (["$x=1$"], "math", "1=x", "x=2"),
     "TUP": (["(1, 2)"], "math", "(1,2)", "(2,1)"), "MPV": (["3", "4"], "math", "3, 4", "3, 5"),
     "MPV, rounded": (["0.333333", "2"], "math", "0.33333, 2", "0.3333, 2"),
     "TUP, rounded": (["(0.333333, 2)"], "math", "(0.33333, 2)", "(2, 0.33333)"),
