@@ -207,6 +207,15 @@ def test_page_of_two_checkpoints(tmp_path):
     assert "wrote" in out and f"next: python report.py compare {a} {b}" in out
 
 
+def test_domains_stand_above_their_parts():
+    rows = {str(k): dict(group=g, lower=False, value=v) for k, (g, v) in
+            enumerate((("Science/Math", 1.0), ("Science/Biology", 0.0), ("Art", 1.0)))}
+    text = re.sub(r"<[^>]*>", " ", report.domains("mmmu_val", ["a"], [rows]))
+    found = re.findall(r"(Science(?:/\w+)?|Art)\s+a\s+([\d.]+)\s+(\d)", text)
+    assert sorted(found) == [("Art", "100.0", "1"), ("Science", "50.0", "2"), ("Science/Biology", "0.0", "1"),
+                             ("Science/Math", "100.0", "1")]
+
+
 def test_what_is_absent_is_tolerated(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"results": {"toy": {"acc,none": 0.5}, "none": {"alias": "x"},
                                                                    "lost": {"acc,none": None, "length": 3}}}))
