@@ -20,6 +20,7 @@ import json
 import queue
 import re
 import select
+import signal
 import socket
 import sys
 import threading
@@ -246,6 +247,7 @@ def serve(c: Config, folder: Path, name: str, tok: Tokenizer, dtype: torch.dtype
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"serving {name} with {kind} on {device.type}: http://{c.host}:{c.serve}/v1 (Ctrl-C ends)", flush=True)
     held, together = [], c.batch
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(engine):
         for number in itertools.count():
             while not held:  # NOTE with a limit: a Ctrl-C that another thread gets does not wake this one

@@ -766,7 +766,7 @@ def server(checkpoint):
     process = launch("chat.py", checkpoint, "--serve", port, "--device", "cpu", "--max-new-tokens", 6, background=True)
     assert f"http://127.0.0.1:{port}/v1" in process.stdout.readline()
     yield f"http://127.0.0.1:{port}/v1"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)  # as Ctrl-C, which programs started in the background of a shell ignore
     assert process.wait(20) == 0
 
 
