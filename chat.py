@@ -244,10 +244,10 @@ def serve(c: Config, folder: Path, name: str, tok: Tokenizer, dtype: torch.dtype
     kind = c.engine if c.engine != "auto" else "vllm" if device.type == "cuda" else "torch"
     engine = engines.of_checkpoint(folder, kind, dtype, device, batch=c.batch, context=config.max_position_embeddings,
                                    memory=0.8, optimize="graphs", seed=c.seed)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"serving {name} with {kind} on {device.type}: http://{c.host}:{c.serve}/v1 (Ctrl-C ends)", flush=True)
     held, together = [], c.batch
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     with contextlib.suppress(KeyboardInterrupt), contextlib.closing(engine):
         for number in itertools.count():
             while not held:  # NOTE with a limit: a Ctrl-C that another thread gets does not wake this one
