@@ -37,9 +37,9 @@ def document(gold, *, text: str = "", system: str = "", context: str = "", pairs
     messages: chat turns with one <image> for each of images (paths or bytes). context: a plain prompt to be continued.
     pairs: (context, continuation) of each choice, to be compared by log-probability; gold is the index of the right
     one, or a list. gold: what the scorer gets; None where it is not published. options: texts of the choices; acc_norm
-    divides by their lengths. group: subject, reported on its own; "a/b" also under "a".
-    cluster: questions that belong together (copies of
-    one question, steps of one problem). scorer, metric, kw: where a row has its own. chance: accuracy of guessing.
+    divides by their lengths. group: subject, reported on its own; "a/b" also under "a". cluster: questions that
+    belong together (copies of one question, steps of one problem). scorer, metric, kw: where a row has its own.
+    chance: accuracy of guessing.
     error: why it cannot be asked. Only until tasks.documents has put them in front: description, examples (of its
     own), shot (the document as an example for others).
     """

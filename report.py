@@ -35,7 +35,7 @@ import common
 import scorers
 import tasks
 from common import UserError
-from results import main_number, parents
+from results import levels, main_number
 
 MACHINE = {"checkpoint", "model", "data_root", "root", "out", "device", "threads"}  # settings of no interest elsewhere
 COLOURS = ("#2a7fc0", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#7a68d6")
@@ -204,11 +204,11 @@ def beside_published(runs: list[Run], names: list[str]) -> str:
 
 def domains(task: str, names: list[str], parts: list[dict], most: int = 60) -> str:
     rows, values = [r for part in parts for r in part.values() if r["group"]], defaultdict(list)
-    sizes = Counter(name for r in rows for name in (*parents(str(r["group"])), str(r["group"])))
+    sizes = Counter(name for r in rows for name in levels(str(r["group"])))
     if len(sizes) < 2 or any(r["lower"] for r in rows):
         return ""
     for k, r in ((k, r) for k, part in enumerate(parts) for r in part.values()):
-        for name in (*parents(str(r["group"])), str(r["group"])):
+        for name in levels(str(r["group"])):
             values[name, k].append(r["value"])
     lines = []
     for group, k in ((g, k) for g, _ in sizes.most_common(most) for k in range(len(parts)) if values[g, k]):

@@ -94,9 +94,9 @@ def ask_judge(judge: rewards.Judge, docs: list[dict], rows: list[dict], each: li
         rows[i]["numbers"][metric] = scorers.mean([e[metric] for e in each[i]])["value"]
 
 
-def parents(group: str) -> list[str]:
-    """Of "Perception/OCR/sign": Perception, Perception/OCR."""
-    return [group[:m.start()] for m in re.finditer("(?<=.)/", group)]
+def levels(group: str) -> list[str]:
+    """Of "Perception/OCR/sign": Perception, Perception/OCR, and itself."""
+    return [group[:m.start()] for m in re.finditer("(?<=.)/", group)] + [group]
 
 
 def summary(name: str, task: Task, docs: list[dict], rows: list[dict], each: list[list[dict]]) -> dict:
@@ -141,9 +141,8 @@ def summary(name: str, task: Task, docs: list[dict], rows: list[dict], each: lis
     who = [w for r in rows for w in r.get("judge", ())]
     fine = [e for own, r in zip(each, rows) if not r["error"] for e in own]
     subjects = dict.fromkeys(r["group"] for r in rows if r["group"])
-    above = {name: None for g in subjects for name in parents(g)}
     parts = {g: [i for i, r in enumerate(rows) if r["group"] == g or g not in subjects and
-                 r["group"].startswith(f"{g}/")] for g in above | subjects}
+                 r["group"].startswith(f"{g}/")] for g in dict.fromkeys(sum(map(levels, subjects), []))}
     def middle(values, some): return sum(values[i] or 0.0 for i in some) / len(some)
     return {"alias": name} | {f"{m}{kind},none": v[key] for m, v in found.items()
                               for kind, key in (("", "value"), ("_stderr", "stderr"))} \
